@@ -1,0 +1,153 @@
+"""Basis changes of feature spaces, and what they do to a model's weights.
+
+With features as rows (samples × units), a change maps the features Y of a model to Y T ≈ X of the reference. Then
+the weights that write the units become Tᵀ W and Tᵀ b, and those that read them W T⁻ᵀ. For a permutation T both
+sides are the same reindexing, and what acts unit by unit is reindexed with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedmerge.state import StateDict
+from fedmerge.symmetry import Axis, Space
+
+
+class BasisChange(Protocol):
+    """A change of the basis of one feature space: `Permutation` or `Linear`."""
+
+    @property
+    def size(self) -> int:
+        """Units of the space."""
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Map weights (units, …) that produce the units."""
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Map weights (units, …) that consume the units."""
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """Map weights (units, …) that act unit by unit, or raise ValueError."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Rename the units: unit i of the result is unit `index[i]` of the model.
+
+    Attributes:
+        index: (units,) a permutation.
+    """
+
+    index: Int[Tensor, " units"]
+
+    def __post_init__(self) -> None:
+        if not torch.equal(self.index.sort().values.cpu(), torch.arange(len(self.index))):
+            raise ValueError(f"expected a permutation of 0 to {len(self.index) - 1}, got {self.index.tolist()}")
+
+    @property
+    def size(self) -> int:
+        """Units of the space."""
+        return len(self.index)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Reindex weights (units, …)."""
+        return weights[self.index.to(weights.device)]
+
+    read = write
+    scale = write
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Mix the units by an invertible matrix.
+
+    Attributes:
+        matrix: T (units, units), with features as rows: Y T ≈ X.
+    """
+
+    matrix: Float[Tensor, "units units"]
+
+    @property
+    def size(self) -> int:
+        """Units of the space."""
+        return len(self.matrix)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Return Tᵀ W for weights (units, …), computed in float64."""
+        matrix = self.matrix.to(weights.device, torch.float64)
+        return torch.tensordot(matrix.T, weights.double(), dims=1).to(weights.dtype)
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Return (W T⁻ᵀ), whose first dimension here is the units': T⁻¹ W for weights (units, …), in float64."""
+        matrix = self.matrix.to(weights.device, torch.float64)
+        return torch.linalg.solve(matrix, weights.double().flatten(1)).reshape(weights.shape).to(weights.dtype)
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """Refuse: a diagonal does not stay diagonal.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"a linear basis change cannot be applied to weights that act unit by unit (shape {tuple(weights.shape)}): "
+            "fold the normalisation into the layer before it first"
+        )
+
+
+def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisChange]) -> dict[str, Tensor]:
+    """Apply a basis change to each feature space of a model.
+
+    Args:
+        state: the model's state dict, left as it is.
+        spaces: the feature spaces, from `symmetry`.
+        changes: one for each space.
+
+    Returns:
+        A fresh state dict of the same keys, shapes and dtypes.
+
+    Raises:
+        ValueError: if the numbers of spaces and changes or their sizes differ, or a dense change meets weights that
+            act unit by unit.
+
+    Example:
+        >>> from fedmerge.symmetry import Site
+        >>> space = Space(2, (Axis("a", 0),), (Axis("b", 1),), (), Site("relu", 1, (0, 1)))
+        >>> state = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0, 4.0]])}
+        >>> rebase(state, [space], [Permutation(torch.tensor([1, 0]))])
+        {'a': tensor([[2.],
+                      [1.]]), 'b': tensor([[4., 3.]])}
+    """
+    if len(spaces) != len(changes):
+        raise ValueError(f"expected one basis change for each of {len(spaces)} spaces, got {len(changes)}")
+    result = {name: tensor.detach().clone() for name, tensor in state.items()}
+    for space, change in zip(spaces, changes, strict=True):
+        if change.size != space.size:
+            raise ValueError(
+                f"a basis change of {change.size} units came for a space of {space.size} ({space.site.node})"
+            )
+        for axes, apply in (
+            (space.writers, change.write),
+            (space.readers, change.read),
+            (space.elementwise, change.scale),
+        ):
+            for axis in axes:
+                weights = units_first(result[axis.name], axis, space.size)
+                put_units_first(result[axis.name], axis, space.size, apply(weights))
+    return result
+
+
+def units_first(tensor: Tensor, axis: Axis, size: int) -> Tensor:
+    """Return the entries of `axis` as (units, repeat, …): the units' entries, then the other dimensions in order."""
+    entries = axis.entries(size).to(tensor.device)
+    return tensor.movedim(axis.dim, 0)[entries]
+
+
+def put_units_first(tensor: Tensor, axis: Axis, size: int, weights: Tensor) -> None:
+    """Write what `units_first` returned back into `tensor`, in place."""
+    tensor.movedim(axis.dim, 0)[axis.entries(size).to(tensor.device)] = weights

@@ -1,0 +1,249 @@
+"""What a client does with a message: it trains, or evaluates, on its own images.
+
+`train_client` and `evaluate_client` are plain functions of the configuration, the federation and the client's number;
+`client_app` wraps them for Flower. A client uses one CPU thread: many run beside each other, and the numbers must not
+depend on how many. A client that fails answers with its reason, so that the server can tell the user.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from fedmerge import federation, models
+from fedmerge.config import Config, ConfigurationError
+from fedmerge.federation import Federation
+from fedmerge.flower import CLIENT_FAILED
+from fedmerge.problem import Examples, Update
+from fedmerge.seeds import derive, generator
+from fedmerge.state import StateDict, num_bytes
+from fedmerge.train import Evaluation, LocalTraining, evaluate, fit
+from fedmerge.wire import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    NUM_PARTITIONS,
+    PARTITION_ID,
+    SERVER_ROUND,
+    state_from_arrays,
+    update_to_records,
+)
+
+logger = logging.getLogger(__name__)
+
+SITE_SETTINGS = ("data-dir", "device")
+"""Settings that a site may give in its node configuration; they go before the run's."""
+
+
+def client_app(load: Callable[[Config], Federation] = federation.load) -> ClientApp:
+    """Return the ClientApp of a federation.
+
+    Args:
+        load: makes the federation of a configuration; it is called for each message.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        def answer(config: Config, partition_id: int) -> RecordDict:
+            arrays = message.content.array_records.get(ARRAYS)
+            examples = load(config)
+            start = None if arrays is None else state_from_arrays(arrays, _architecture(config, examples).state_dict())
+            update = train_client(config, examples, partition_id, _server_round(message), start)
+            return update_to_records(update, upload_dtype=config.upload_dtype)
+
+        return _reply(message, context, answer)
+
+    @app.evaluate()
+    def judge(message: Message, context: Context) -> Message:
+        def answer(config: Config, partition_id: int) -> RecordDict:
+            arrays = message.content.array_records.get(ARRAYS)
+            if arrays is None:
+                raise ValueError(f"an evaluation needs the model in the message's record '{ARRAYS}'")
+            examples = load(config)
+            state = state_from_arrays(arrays, _architecture(config, examples).state_dict())
+            result, num_examples = evaluate_client(config, examples, partition_id, state)
+            metrics = {"loss": result.loss, "accuracy": result.accuracy}
+            return RecordDict(
+                {METRICS: MetricRecord({NUM_EXAMPLES: num_examples, PARTITION_ID: partition_id, **metrics})}
+            )
+
+        return _reply(message, context, answer)
+
+    return app
+
+
+def train_client(
+    config: Config, examples: Federation, partition_id: int, server_round: int, start: StateDict | None
+) -> Update:
+    """Train a client's model on the client's images.
+
+    Args:
+        config: the federation's configuration.
+        examples: the federation, of which only the client's part is used.
+        partition_id: the client's number, from 0.
+        server_round: the round, from 1.
+        start: the weights that the server sent; in the first round with independent initialisations they are not
+            used, and may be None.
+
+    Returns:
+        The update, on the CPU.
+
+    Raises:
+        ValueError: if `start` is missing, or the client has no images.
+    """
+    began = time.perf_counter()
+    path = ("client", partition_id)
+    own = examples.client(partition_id)
+    if server_round == 1 and config.init == "independent":
+        model = _architecture(config, examples, derive(config.seed, *path, "init"))
+        start = model.state_dict()
+    elif start is None:
+        raise ValueError(f"the server sent no weights to start round {server_round} from (--init {config.init})")
+    else:
+        model = _architecture(config, examples)
+    low, high = config.epochs_range
+    drawn = torch.randint(low, high + 1, (), generator=generator(config.seed, *path, "epochs", server_round))
+    recipe = LocalTraining(
+        epochs=int(drawn),
+        batch_size=config.batch_size,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    with _reproducible():
+        device = choose_device(config.device)
+        model, data = model.to(device), own.to(device)
+        state, _ = fit(model, start, data, recipe, generator=generator(config.seed, *path, "round", server_round))
+        result = evaluate(model, [state], data)
+    state = {name: tensor.cpu() for name, tensor in state.items()}
+    return Update(
+        state=state,
+        num_examples=len(own),
+        partition_id=partition_id,
+        label_counts=_label_counts(own, len(examples.classes)) if config.label_counts else None,
+        metrics={"loss": result.loss, "accuracy": result.accuracy, "seconds": time.perf_counter() - began},
+        num_bytes=num_bytes(state),
+    )
+
+
+def evaluate_client(
+    config: Config, examples: Federation, partition_id: int, state: StateDict
+) -> tuple[Evaluation, int]:
+    """Evaluate a model on a client's images.
+
+    Args:
+        config: the federation's configuration.
+        examples: the federation, of which only the client's part is used.
+        partition_id: the client's number, from 0.
+        state: the weights.
+
+    Returns:
+        The evaluation and the number of images.
+    """
+    own = examples.client(partition_id)
+    with _reproducible():
+        device = choose_device(config.device)
+        model = _architecture(config, examples).to(device)
+        result = evaluate(model, [{name: tensor.to(device) for name, tensor in state.items()}], own.to(device))
+    return result, len(own)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of the setting `device`; "auto" is CUDA where this process has one.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigurationError: if it is none of these, or CUDA is asked for where there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"--device must be cpu, cuda, cuda:N or auto, got '{name}'") from error
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigurationError(f"--device {name}: this process sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Let torch compute with `count` CPU threads inside the block (0: as many as there are cores), then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def partition_of(node_config: Mapping[str, object], config: Config) -> int:
+    """Return which client a node is.
+
+    Args:
+        node_config: of the SuperNode, or of the simulation's virtual node.
+        config: the federation's configuration.
+
+    Raises:
+        ConfigurationError: if the node does not tell, or tells of another number of clients.
+    """
+    partition_id, partitions = node_config.get(PARTITION_ID), node_config.get(NUM_PARTITIONS, config.clients)
+    if partitions != config.clients:
+        raise ConfigurationError(
+            f"the node has {NUM_PARTITIONS}={partitions}, but the run has clients={config.clients}; make them equal: "
+            f'flwr run . --run-config "clients={partitions}", or --federation-config "num-supernodes={config.clients}"'
+        )
+    if not isinstance(partition_id, int) or not 0 <= partition_id < config.clients:
+        raise ConfigurationError(
+            f"the node's configuration has {PARTITION_ID}={partition_id!r}, expected a whole number from 0 to "
+            f'{config.clients - 1}; start it with --node-config "{PARTITION_ID}=0 {NUM_PARTITIONS}={config.clients}"'
+        )
+    return partition_id
+
+
+def _reply(message: Message, context: Context, answer: Callable[[Config, int], RecordDict]) -> Message:
+    """Answer a message; whatever goes wrong is told to the server, naming the client."""
+    name = f"client {context.node_config.get(PARTITION_ID, '?')}"
+    try:
+        site = {key: context.node_config[key] for key in SITE_SETTINGS if key in context.node_config}
+        config = Config.from_mapping({**context.run_config, **site})
+        return Message(answer(config, partition_of(context.node_config, config)), reply_to=message)
+    except Exception as error:
+        logger.exception("%s failed", name)
+        return Message(Error(CLIENT_FAILED, f"{name}: {type(error).__name__}: {error}"), reply_to=message)
+
+
+def _server_round(message: Message) -> int:
+    config = message.content.config_records.get(CONFIG)
+    server_round = None if config is None else config.get(SERVER_ROUND)
+    if not isinstance(server_round, int) or server_round < 1:
+        raise ValueError(f"the message's record '{CONFIG}' has {SERVER_ROUND}={server_round!r}, expected 1 or more")
+    return server_round
+
+
+def _architecture(config: Config, examples: Federation, seed: int = 0) -> nn.Module:
+    return models.create(config.model, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=seed)
+
+
+def _label_counts(own: Examples, num_classes: int) -> tuple[int, ...]:
+    return tuple(torch.bincount(own.labels, minlength=num_classes).tolist())
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Compute with one CPU thread and, on CUDA, with cuDNN's deterministic algorithms."""
+    with num_threads(1), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield

@@ -1,0 +1,240 @@
+"""The configuration of a federation: one frozen dataclass.
+
+The command's flags, the TOML keys, Flower's run configuration and `config.json` are all made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedmerge.errors import FedmergeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Value = bool | int | float | str
+
+INITIALISATIONS = ("independent", "shared")
+SPLITS = ("test", "development")
+UPLOAD_DTYPES = ("float32", "float16")
+
+
+class ConfigurationError(FedmergeError, ValueError):
+    """A setting that cannot be used, with what was expected and what to do."""
+
+
+def _option(default: Value, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a federation is: data, clients, training, server and machine. Each field is a flag of the command."""
+
+    data: str = _option("digits", "data set: a name from `fedmerge list`, or folder:PATH (ImageFolder layout)")
+    data_dir: str = _option("", "folder that is searched first for the data set's files")
+    split: str = _option(
+        "test", "what to evaluate on: 'test' files, or 'development' images cut from the training files"
+    )
+    model: str = _option(
+        "mlp",
+        "model: a name from `fedmerge list` (NAME@WIDTH scales its width), torchvision's, or package.module:function",
+    )
+    clients: int = _option(5, "number of clients")
+    client_examples: int = _option(0, "training images of all clients together; 0: all that the server leaves")
+    partition: str = _option("dirichlet", "how the clients' images are divided: a name from `fedmerge list`")
+    alpha: float = _option(0.3, "Dirichlet concentration > 0: the smaller, the more the clients differ")
+    min_client_examples: int = _option(10, "images that every client has at least")
+    init: str = _option("independent", "clients start from 'independent' initialisations or from one 'shared' one")
+    local_epochs: str = _option(
+        "30", "passes over its data that a client trains: N, or LOW..HIGH drawn for each client"
+    )
+    batch_size: int = _option(32, "images in a batch, at the clients and at the server")
+    lr: float = _option(0.05, "the clients' learning rate (SGD, cosine decay to 0)")
+    momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
+    weight_decay: float = _option(0.0, "the clients' weight decay")
+    rounds: int = _option(1, "federated rounds; each starts from the last merged model")
+    server_examples: int = _option(100, "labelled images that the server owns, in no client and in no evaluation")
+    align: str = _option("auto", "how the clients' models are aligned: a name from `fedmerge list`")
+    merge: str = _option(
+        "np", "how the aligned models are merged: a name from `fedmerge list`, NAME:KEY=VALUE sets options"
+    )
+    seed: int = _option(0, "seed of everything that is random")
+    upload_dtype: str = _option("float32", "numbers in a client's reply: float32, or float16 for half the bytes")
+    label_counts: bool = _option(True, "clients tell the server how many images of each class they have")
+    min_completed: int = _option(2, "fewer good updates than this fail the round")
+    timeout: float = _option(3600.0, "seconds to wait for the clients in a round")
+    client_cpus: float = _option(1.0, "CPUs of a client in the simulation")
+    client_gpus: float = _option(0.0, "GPUs of a client in the simulation; fractions share one")
+    ray_address: str = _option("", "address of a running Ray cluster; empty: start Ray on this machine")
+    device: str = _option("auto", "where models run: cpu, cuda, cuda:N, or auto (cuda where the process has one)")
+    threads: int = _option(1, "CPU threads of a merge; 0: all cores (results depend on it in the last bits)")
+    out: str = _option("", "run folder to write; empty: a new one under runs/")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("init", INITIALISATIONS), ("split", SPLITS), ("upload_dtype", UPLOAD_DTYPES)):
+            known(flag(name), getattr(self, name), allowed)
+        for name in ("clients", "batch_size", "rounds", "min_completed"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("client_examples", "server_examples", "threads", "min_client_examples"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("client_gpus", "weight_decay"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        for name in ("alpha", "lr", "client_cpus", "timeout"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        if self.min_completed > self.clients:
+            raise ConfigurationError(
+                f"--min-completed is {self.min_completed}, but there are only {self.clients} clients (--clients)"
+            )
+        low, high = self.epochs_range
+        self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigurationError(f"{flag(name)} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def epochs_range(self) -> tuple[int, int]:
+        """The least and the most local epochs of a client.
+
+        Example:
+            >>> Config(local_epochs="1..5").epochs_range
+            (1, 5)
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", self.local_epochs)
+        if match is None:
+            raise ConfigurationError(f"--local-epochs must be N or LOW..HIGH, got {self.local_epochs!r}")
+        low = int(match[1])
+        return low, int(match[2]) if match[2] else low
+
+    def replace(self, **changes: Value) -> Config:
+        """Return the configuration with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def to_mapping(self, *, changed_only: bool = False) -> dict[str, Value]:
+        """Return the fields by their kebab-case keys, those of TOML files and of Flower's run configuration.
+
+        Args:
+            changed_only: leave out the fields that have their default.
+        """
+        return {
+            key(item.name): getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if not (changed_only and getattr(self, item.name) == item.default)
+        }
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object]) -> Config:
+        """Make a configuration from kebab-case (or snake_case) keys; keys left out have their default.
+
+        Args:
+            mapping: numbers may come as strings, as Flower's command line has them.
+
+        Raises:
+            ConfigurationError: for an unknown key or a value of the wrong type.
+        """
+        types = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, value in mapping.items():
+            attribute = name.replace("-", "_")
+            known("setting", attribute, types)
+            values[attribute] = convert(flag(attribute), value, types[attribute])
+        return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """Read the settings of a TOML file, without checking them.
+
+    Args:
+        path: a flat table of the command's flags, without dashes in front.
+
+    Raises:
+        ConfigurationError: if the file is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from error
+
+
+def known(what: str, name: str, names: Iterable[str]) -> None:
+    """Raise unless `name` is one of `names`, suggesting the nearest.
+
+    Args:
+        what: what is named, for the message ("data set", "--init").
+        name: the name that came.
+        names: the names that exist.
+
+    Raises:
+        ConfigurationError: names what exists.
+
+    Example:
+        >>> known("data set", "fashon-mnist", ["digits", "fashion-mnist"])
+        Traceback (most recent call last):
+        fedmerge.config.ConfigurationError: unknown data set 'fashon-mnist'; did you mean 'fashion-mnist'? \
+Known: digits, fashion-mnist
+    """
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigurationError(f"unknown {what} '{name}'; {hint}Known: {', '.join(names)}")
+
+
+def key(name: str) -> str:
+    """Return a field's key in TOML: dashes for underscores."""
+    return name.replace("_", "-")
+
+
+def flag(name: str) -> str:
+    """Return a field's flag on the command line."""
+    return "--" + key(name)
+
+
+def convert(what: str, value: object, kind: type) -> Value:
+    """Return a setting in its declared type; text may stand for numbers and truth values.
+
+    Args:
+        what: the setting, for the message.
+        value: what came.
+        kind: bool, int, float or str.
+
+    Raises:
+        ConfigurationError: if it cannot be converted without loss.
+    """
+    expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+    error = ConfigurationError(f"{what} must be {expected}, got {value!r}")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise error
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool) and kind is not str:
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise error from None
+        if math.isfinite(number):
+            if kind is float:
+                return number
+            exact = Decimal(value)  # a float has no room for the digits of a large seed
+            if exact == int(exact):
+                return int(exact)
+    raise error

@@ -1,0 +1,162 @@
+"""A federation's data: who owns which images, by the protocol that keeps results true.
+
+The server's images, the clients' and those of the evaluation are three disjoint sets. Final runs evaluate on the test
+files; development evaluates on a cut of the training files that is the same for every seed, and never reads the test
+files' images.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedmerge import data
+from fedmerge.config import Config, ConfigurationError
+from fedmerge.data import Dataset
+from fedmerge.partition import divide, stratified_sample
+from fedmerge.problem import Examples
+from fedmerge.seeds import generator
+
+DEVELOPMENT_SHARE = 1 / 6
+DEVELOPMENT_MOST = 10_000
+
+RELEVANT = (
+    "data",
+    "data_dir",
+    "split",
+    "clients",
+    "client_examples",
+    "partition",
+    "alpha",
+    "min_client_examples",
+    "server_examples",
+    "seed",
+)
+"""The settings that a federation's data depend on."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The images of the clients, of the server and of the evaluation.
+
+    Attributes:
+        dataset: where they come from; all its training and test files, whoever owns them.
+        split: "test", or "development".
+        pool_indices: the training files that belong to clients, sorted.
+        server_indices: the training files that the server owns, sorted.
+        evaluation_indices: test files if the split is "test", training files if it is "development", sorted.
+        partition: for each client its sorted indices into `pool_indices`, and so into `pool`.
+    """
+
+    dataset: Dataset
+    split: str
+    pool_indices: Tensor
+    server_indices: Tensor
+    evaluation_indices: Tensor
+    partition: tuple[Tensor, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.dataset.classes
+
+    @cached_property
+    def pool(self) -> Examples:
+        """All clients' images together, a copy."""
+        return self.dataset.train[self.pool_indices]
+
+    @cached_property
+    def server(self) -> Examples:
+        """All that the server owns."""
+        return self.dataset.train[self.server_indices]
+
+    @cached_property
+    def evaluation(self) -> Examples:
+        """What models are evaluated on."""
+        return self.dataset.test if self.split == "test" else self.dataset.train[self.evaluation_indices]
+
+    def client(self, partition_id: int) -> Examples:
+        """Return a client's images.
+
+        Args:
+            partition_id: the client's number, from 0.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        if not 0 <= partition_id < len(self.partition):
+            raise ValueError(f"expected a partition id from 0 to {len(self.partition) - 1}, got {partition_id}")
+        return self.dataset.train[self.pool_indices[self.partition[partition_id]]]
+
+    def label_counts(self) -> list[list[int]]:
+        """Return for each client its number of images of each class."""
+        labels = self.dataset.train.labels[self.pool_indices]
+        return [labels[part].bincount(minlength=len(self.classes)).tolist() for part in self.partition]
+
+    def indices(self) -> dict[str, object]:
+        """Return who owns what, in JSON's types.
+
+        Indices count the training files, and those of the evaluation the test files if the split is "test".
+        """
+        return {
+            "data": self.dataset.name,
+            "split": self.split,
+            "classes": list(self.classes),
+            "clients": [self.pool_indices[part].tolist() for part in self.partition],
+            "server": self.server_indices.tolist(),
+            "evaluation": self.evaluation_indices.tolist(),
+            "label_counts": self.label_counts(),
+        }
+
+
+def load(config: Config) -> Federation:
+    """Return the federation of a configuration; the last ones stay in memory, their images shared.
+
+    Args:
+        config: its fields in `RELEVANT` matter, the others do not. What cannot be had is a ConfigurationError.
+    """
+    return _load(Config(min_completed=1, **{name: getattr(config, name) for name in RELEVANT}))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(config: Config) -> Federation:
+    dataset = data.load(config.data, config.data_dir)
+    labels = dataset.train.labels
+    free = torch.ones(len(labels), dtype=torch.bool)
+    if config.split == "development":
+        size = min(DEVELOPMENT_MOST, round(DEVELOPMENT_SHARE * len(labels)))
+        evaluation = _take(free, labels, size, generator(0, "development"))
+    else:
+        evaluation = torch.arange(len(dataset.test))
+    wanted = config.server_examples + config.client_examples
+    if wanted > int(free.sum()):
+        raise ConfigurationError(
+            f"--server-examples {config.server_examples} and --client-examples {config.client_examples} need {wanted} "
+            f"training images, but '{config.data}' has {int(free.sum())} for them (--split {config.split})"
+        )
+    server = _take(free, labels, config.server_examples, generator(config.seed, "server"))
+    pool = free.nonzero()[:, 0]
+    if config.client_examples:
+        chosen = torch.randperm(len(pool), generator=generator(config.seed, "clients"))[: config.client_examples]
+        pool = pool[chosen.sort().values]
+    partition = divide(
+        labels[pool],
+        config.clients,
+        name=config.partition,
+        alpha=config.alpha,
+        minimum=config.min_client_examples,
+        seed=config.seed,
+    )
+    return Federation(dataset, config.split, pool, server, evaluation, partition)
+
+
+def _take(free: Tensor, labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw a stratified sample of the examples marked in `free`, unmark them there, and return their indices."""
+    candidates = free.nonzero()[:, 0]
+    taken = candidates[stratified_sample(labels[candidates], size, generator)]
+    free[taken] = False
+    return taken

@@ -1,0 +1,56 @@
+"""The private parts of Flower that a grid of one's own needs, here and nowhere else.
+
+Flower's Message can be made only in a process that Flower has given an identity, and only Flower's own grids give a
+message its id and a node its context. A test fails when Flower changes any of it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmerge.config import Config
+from fedmerge.wire import NUM_PARTITIONS, PARTITION_ID
+
+RUN_ID = 1
+SERVER_NODE_ID = 0
+FIRST_NODE_ID = 1
+"""The node of client 0 in a simulation; the others follow."""
+
+CLIENT_FAILED = 2
+CLIENT_CRASHED = 8
+"""Flower's error codes of a ClientApp that raised an exception, and of one whose process died."""
+
+
+@contextmanager
+def identity() -> Iterator[None]:
+    """Give this process the identity under which Flower lets it make messages, and take it away again."""
+    before = {name: vars(TaskIdentity)[name] for name in ("_task_id", "_run_id", "_node_id")}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, RUN_ID, SERVER_NODE_ID
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
+def set_message_id(message: Message) -> str:
+    """Give a message an id, as Flower's grids do when they send it, and return it."""
+    message_id = str(uuid.uuid4())
+    message.metadata.__dict__["_message_id"] = message_id
+    return message_id
+
+
+def node_context(config: Config, partition_id: int) -> Context:
+    """Return the context in which a client's node runs the app."""
+    return Context(
+        run_id=RUN_ID,
+        node_id=FIRST_NODE_ID + partition_id,
+        node_config={PARTITION_ID: partition_id, NUM_PARTITIONS: config.clients},
+        state=RecordDict(),
+        run_config=config.to_mapping(),
+    )

@@ -1,0 +1,78 @@
+"""Fine-tuning on the server's examples: the controls with the same data, steps and choices as a learned merge."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedmerge.merge.average import mean_state
+from fedmerge.merge.best import best_client
+from fedmerge.merge.descent import Candidate, Schedule, Weights, learn, split_state
+from fedmerge.problem import Merged, Problem, Update
+from fedmerge.seeds import default_generator, fork
+
+STARTS = ("mean", "best", "fresh")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Train all weights on the server's examples.
+
+    Attributes:
+        start: "mean" (of the clients), "best" (client), or "fresh" (a new initialisation: server-only training).
+        lrs: learning rates to choose from; the first is the default. As many as NP Merge has candidates.
+        steps: most steps.
+    """
+
+    start: str = "mean"
+    lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-5)
+    steps: int = Schedule.steps
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+
+    def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
+        """Fine-tune from the start."""
+        start = self._start(problem, updates, generator)
+        parameters, buffers = split_state(problem, start)
+        candidates = [Candidate({"start": self.start}, lr, lambda: Weights(parameters)) for lr in self.lrs]
+        schedule = Schedule(steps=self.steps)
+        found = learn(problem, candidates, buffers, schedule, generator=generator, task="fine-tuning")
+        return replace(found, uses_clients=self.start != "fresh")
+
+    def _start(self, problem: Problem, updates: Sequence[Update], generator: torch.Generator) -> dict[str, Tensor]:
+        if self.start == "mean":
+            return mean_state([update.state for update in updates])
+        if self.start == "best":
+            chosen, _ = best_client(problem, updates)
+            return dict(updates[chosen].state)
+        return fresh_state(problem, fork(generator))
+
+
+def fresh_state(problem: Problem, seed: int) -> dict[str, Tensor]:
+    """Return a new initialisation of the architecture, by its modules' own `reset_parameters`.
+
+    Args:
+        problem: the architecture, and the device.
+        seed: of the initialisation.
+
+    Raises:
+        ValueError: if a module holds parameters and cannot initialise them itself.
+    """
+    model = copy.deepcopy(problem.model).cpu()
+    with default_generator(seed):
+        for name, module in model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is None:
+                    raise ValueError(
+                        "server-only training needs a new initialisation, and "
+                        f"module '{name}' ({type(module).__name__}) has parameters but no reset_parameters()"
+                    )
+                reset()
+    return {name: tensor.detach().to(problem.data.images.device) for name, tensor in model.state_dict().items()}

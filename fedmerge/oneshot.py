@@ -1,0 +1,135 @@
+"""One shot: the clients' updates go in, one model comes out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.merge.best import best_client
+from fedmerge.problem import Aligned, Merged, Problem, Update
+from fedmerge.seeds import generator
+from fedmerge.state import conform
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Updates in one basis.
+
+    Attributes:
+        updates: sorted by partition id, their states in the reference's basis.
+        server_examples: how many of the server's examples were used.
+        server_labels: whether their labels were used.
+        diagnostics: in JSON's types.
+        seconds: wall time.
+    """
+
+    updates: tuple[Update, ...]
+    server_examples: int
+    server_labels: bool
+    diagnostics: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A merge that is done.
+
+    Attributes:
+        merged: the model, or the ensemble.
+        diagnostics: of the alignment and the merge, in JSON's types.
+        seconds: wall time of both.
+    """
+
+    merged: Merged
+    diagnostics: dict[str, Any]
+    seconds: float
+
+
+def merge_updates(problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int) -> Outcome:
+    """Align the clients' models and merge them.
+
+    Args:
+        problem: the server's side.
+        updates: at least one, in any order; nothing depends on it.
+        align: an aligner's name, with options.
+        merge: a merger's name, with options.
+        seed: of everything random in the merge.
+
+    Raises:
+        ConfigurationError: for an unknown name.
+        MalformedState: if an update does not fit the model.
+    """
+    return merge_aligned(problem, align_updates(problem, updates, align=align, seed=seed), merge=merge, seed=seed)
+
+
+def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, seed: int) -> Alignment:
+    """Bring the clients' models into the basis of the best client (the largest, below 50 examples).
+
+    Args:
+        problem: the server's side.
+        updates: at least one, with distinct partition ids.
+        align: an aligner's name, with options.
+        seed: of everything random in it.
+
+    Raises:
+        ValueError: if there is no update, or two have the same partition id.
+    """
+    started = time.perf_counter()
+    ids = sorted(update.partition_id for update in updates)
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"expected updates of different clients, at least one, got partition ids {ids}")
+    expected = problem.model.state_dict()
+    device = problem.data.images.device
+    ordered = sorted(updates, key=lambda update: update.partition_id)
+    states = [
+        {name: tensor.to(device) for name, tensor in conform(update.state, expected).items()} for update in ordered
+    ]
+    ordered = [replace(update, state=state) for update, state in zip(ordered, states, strict=True)]
+    aligner = resolve("aligner", align, ALIGNERS)
+    reference, losses = 0, []
+    diagnostics: dict[str, Any] = {"aligner": align}
+    if align != "identity" and len(ordered) > 1:
+        reference, losses = best_client(problem, ordered)
+        diagnostics["reference"] = ordered[reference].partition_id
+    found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
+    aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
+    seconds = time.perf_counter() - started
+    logger.info("aligned %d models by '%s' in %.1f s", len(ordered), align, seconds)
+    return Alignment(
+        tuple(aligned),
+        found.server_examples,
+        found.server_labels or bool(losses),
+        {**diagnostics, **found.diagnostics},
+        seconds,
+    )
+
+
+def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: int) -> Outcome:
+    """Merge models that are in one basis.
+
+    Args:
+        problem: the server's side.
+        alignment: from `align_updates`; several mergers may share it.
+        merge: a merger's name, with options.
+        seed: of everything random in it.
+    """
+    started = time.perf_counter()
+    merger = resolve("merger", merge, MERGERS)
+    found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
+    seconds = alignment.seconds + time.perf_counter() - started
+    logger.info("merged %d models by '%s' in %.1f s", len(alignment.updates), merge, seconds)
+    return Outcome(
+        replace(
+            found,
+            server_examples=max(found.server_examples, alignment.server_examples),
+            server_labels=found.server_labels or alignment.server_labels,
+        ),
+        {"align": alignment.diagnostics, "merge": {"merger": merge, **found.diagnostics}},
+        seconds,
+    )

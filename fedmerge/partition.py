@@ -1,0 +1,224 @@
+"""Partitions: how images are divided among clients, as lists of indices, and stratified samples.
+
+Flower's partitioners (flwr-datasets) divide where they can give every image to exactly one client; the others are here.
+All work on the labels alone, in an order that the seed has shuffled.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmerge.config import ConfigurationError, known
+from fedmerge.seeds import fork, generator
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+ATTEMPTS = 10
+"""Draws with derived seeds before a partition is given up (Flower's Dirichlet draws 11 times in each)."""
+
+SHARDS_PER_CLIENT = 2
+MAJORITY_SHARE = 0.8
+
+
+def divide(labels: Tensor, num_clients: int, *, name: str, alpha: float, minimum: int, seed: int) -> tuple[Tensor, ...]:
+    """Divide examples among clients: each example belongs to exactly one client.
+
+    Args:
+        labels: (examples,) integer classes, of any values.
+        num_clients: how many clients.
+        name: one of `PARTITIONS`.
+        alpha: concentration > 0 of the Dirichlet partitions: the smaller, the more the clients differ.
+        minimum: examples that every client has at least; never fewer than one.
+        seed: the run's seed.
+
+    Returns:
+        For each client its sorted int64 indices into `labels`.
+
+    Raises:
+        ConfigurationError: for an unknown name, an impossible division, or one that was not found in `ATTEMPTS` draws.
+
+    Example:
+        >>> divide(torch.tensor([0, 0, 5, 5]), 2, name="disjoint", alpha=1.0, minimum=2, seed=0)
+        (tensor([0, 1]), tensor([2, 3]))
+    """
+    known("partition", name, PARTITIONS)
+    least = max(1, minimum)
+    if num_clients < 1:
+        raise ConfigurationError(f"--clients must be at least 1, got {num_clients}")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ConfigurationError(f"--alpha must be greater than 0, got {alpha}")
+    if num_clients * least > len(labels):
+        raise ConfigurationError(
+            f"{num_clients} clients (--clients) with at least {least} images each (--min-client-examples) need "
+            f"{num_clients * least} images, but there are {len(labels)} for the clients: lower one of them"
+        )
+    classes, compact = np.unique(labels.numpy(force=True), return_inverse=True)
+    if name == "disjoint" and num_clients > len(classes):
+        raise ConfigurationError(
+            f"--partition disjoint gives each client classes of its own: {num_clients} clients (--clients) are more "
+            f"than the {len(classes)} classes of the clients' images"
+        )
+    for attempt in range(ATTEMPTS):
+        stream = generator(seed, "partition", attempt)
+        order = torch.randperm(len(labels), generator=stream)
+        shuffled = torch.from_numpy(compact)[order]
+        parts = _DEALERS[name][1](_Division(shuffled, num_clients, alpha, least, stream))
+        if parts and min(map(len, parts)) >= least:
+            return tuple(order[part].sort().values for part in parts)
+    skew, advice = (f" with --alpha {alpha:g}", "raise --alpha, or lower") if "dirichlet" in name else ("", "lower")
+    raise ConfigurationError(
+        f"--partition {name}{skew} did not give each of {num_clients} clients {least} images in {ATTEMPTS} attempts: "
+        f"{advice} --clients or --min-client-examples"
+    )
+
+
+def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw examples without replacement so that each class has its share, rounded down or up.
+
+    Every `len(labels) / size`-th example is taken of a list that is sorted by class and shuffled within the classes.
+
+    Args:
+        labels: (examples,) integer classes.
+        size: how many to draw, from 0 to all.
+        generator: source of randomness.
+
+    Returns:
+        (size,) sorted int64 indices into `labels`.
+
+    Raises:
+        ValueError: if there are not that many examples.
+    """
+    total = len(labels)
+    if not 0 <= size <= total:
+        raise ValueError(f"expected a size of at most {total} examples, got {size}")
+    order = torch.randperm(total, generator=generator)
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    start = torch.randint(max(1, total), (), generator=generator)
+    return by_class[(torch.arange(size) * total + start) // max(1, size)].sort().values
+
+
+@dataclass(frozen=True)
+class _Division:
+    """What is to be divided: the labels are 0..C-1 and in random order."""
+
+    labels: Tensor
+    num_clients: int
+    alpha: float
+    least: int
+    generator: torch.Generator
+
+
+def _iid(task: _Division) -> list[Tensor]:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _by_flower(IidPartitioner(task.num_clients), task)
+
+
+def _dirichlet(task: _Division) -> list[Tensor]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    partitioner = DirichletPartitioner(
+        task.num_clients,
+        partition_by="label",
+        alpha=float(task.alpha),
+        min_partition_size=task.least,
+        self_balancing=False,
+        shuffle=False,
+        seed=fork(task.generator),
+    )
+    return _by_flower(partitioner, task)
+
+
+def _dirichlet_equal(task: _Division) -> list[Tensor]:
+    from flwr_datasets.partitioner import InnerDirichletPartitioner
+
+    sizes = [len(part) for part in torch.arange(len(task.labels)).tensor_split(task.num_clients)]
+    partitioner = InnerDirichletPartitioner(
+        sizes, partition_by="label", alpha=float(task.alpha), shuffle=False, seed=fork(task.generator)
+    )
+    return _by_flower(partitioner, task)
+
+
+def _quantity(task: _Division) -> list[Tensor]:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    shares = np.random.default_rng(fork(task.generator)).dirichlet([task.alpha] * task.num_clients)
+    spare = len(task.labels) - task.num_clients * task.least
+    bounds = np.floor(np.cumsum(shares)[:-1] * spare).astype(int)
+    sizes = task.least + np.diff(bounds, prepend=0, append=spare)
+    return _by_flower(SizePartitioner(sizes.tolist()), task)
+
+
+def _disjoint(task: _Division) -> list[Tensor]:
+    classes = torch.randperm(int(task.labels.max()) + 1, generator=task.generator)
+    own = [classes[client :: task.num_clients] for client in range(task.num_clients)]
+    return [torch.isin(task.labels, each).nonzero()[:, 0] for each in own]
+
+
+def _eighty_twenty(task: _Division) -> list[Tensor]:
+    if task.num_clients == 1:
+        return [torch.arange(len(task.labels))]
+    classes = torch.randperm(int(task.labels.max()) + 1, generator=task.generator)
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for rank, each in enumerate(classes):
+        positions = (task.labels == each).nonzero()[:, 0]
+        cut = round(MAJORITY_SHARE * len(positions))
+        half = int(rank >= math.ceil(len(classes) / 2))
+        sides[half].append(positions[:cut])
+        sides[1 - half].append(positions[cut:])
+    pools = [torch.cat(side) for side in sides]
+    members = (math.ceil(task.num_clients / 2), task.num_clients // 2)
+    return [pools[client % 2][client // 2 :: members[client % 2]] for client in range(task.num_clients)]
+
+
+def _shards(task: _Division) -> list[Tensor]:
+    # flwr-datasets' ShardPartitioner leaves out the examples that do not fill a shard.
+    shards = torch.argsort(task.labels, stable=True).tensor_split(SHARDS_PER_CLIENT * task.num_clients)
+    hands = torch.randperm(len(shards), generator=task.generator).view(task.num_clients, SHARDS_PER_CLIENT)
+    return [torch.cat([shards[shard] for shard in hand]) for hand in hands.tolist()]
+
+
+def _by_flower(partitioner: Partitioner, task: _Division) -> list[Tensor]:
+    """Return what a partitioner of flwr-datasets makes of the labels: nothing if its draws failed."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict({"label": task.labels.numpy(), "position": np.arange(len(task.labels))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one for each redraw, with advice that the final error repeats
+        try:
+            parts = [partitioner.load_partition(client).with_format("numpy") for client in range(task.num_clients)]
+        except ValueError:  # too few examples after its 11 draws, or priors that underflowed to 0 (a tiny alpha)
+            return []
+    return [torch.from_numpy(part["position"][:]) for part in parts]
+
+
+_DEALERS: Mapping[str, tuple[str, Callable[[_Division], list[Tensor]]]] = {
+    "iid": ("equal random parts", _iid),
+    "dirichlet": (
+        "label skew and unequal sizes: each class is dealt to the clients in shares ~ Dirichlet(alpha)",
+        _dirichlet,
+    ),
+    "dirichlet-equal": (
+        "label skew with equal sizes: each client's class mix ~ Dirichlet(alpha) until a class is used up",
+        _dirichlet_equal,
+    ),
+    "disjoint": ("each client has classes of its own; at most as many clients as classes", _disjoint),
+    "80-20": (
+        "even clients share 80 % of one half of the classes and 20 % of the other half, odd clients the rest",
+        _eighty_twenty,
+    ),
+    "shards": (f"sorted by class, cut into equal shards; each client has {SHARDS_PER_CLIENT} of them", _shards),
+    "quantity": ("sizes ~ Dirichlet(alpha) above the minimum, the same class shares", _quantity),
+}
+
+PARTITIONS: Mapping[str, str] = {name: description for name, (description, _) in _DEALERS.items()}
+"""The partitions, each with a line that says what it does."""

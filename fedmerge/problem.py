@@ -1,0 +1,243 @@
+"""What an aligner and a merger may see, and what they give back: the types that join the mathematics.
+
+`Problem` holds the server's side: the architecture, its feature spaces and the data that the server owns, with the
+protocol by which every choice is made on them. `Update` is what a client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.seeds import generator
+from fedmerge.state import StateDict
+from fedmerge.symmetry import Space, symmetry
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+
+FEWEST_TO_CHOOSE = 50
+FEWEST_TO_SPLIT = 500
+VALIDATION_SHARE = 0.2
+NUM_FOLDS = 5
+
+
+def silent(task: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images and their labels, in memory.
+
+    Attributes:
+        images: (examples, …) floating point, normalised.
+        labels: (examples,) int64 class indices.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or len(self.images) != len(self.labels):
+            raise ValueError(
+                f"expected one label for each image, got images {tuple(self.images.shape)} "
+                f"and labels {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Examples:
+        return Examples(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Examples:
+        """Return the examples on `device`."""
+        return Examples(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sent: its trained model and what it tells of its data.
+
+    Attributes:
+        state: the state dict, in the model's dtypes.
+        num_examples: training images of the client, more than 0.
+        partition_id: the client's number; updates are always sorted by it.
+        label_counts: images of each class, or None where the client keeps them to itself.
+        metrics: loss, accuracy and seconds of the local training, as reported.
+        num_bytes: size of the state as it was sent.
+    """
+
+    state: StateDict
+    num_examples: int
+    partition_id: int
+    label_counts: tuple[int, ...] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merger gives back.
+
+    Attributes:
+        states: one state dict, or the members of an ensemble whose probabilities are averaged.
+        server_examples: how many of the server's examples were used.
+        server_labels: whether their labels were used.
+        uses_clients: False for a control that needs no client.
+        diagnostics: what was chosen and why, in JSON's types.
+    """
+
+    states: tuple[dict[str, Tensor], ...]
+    server_examples: int = 0
+    server_labels: bool = False
+    uses_clients: bool = True
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The merged model.
+
+        Raises:
+            ValueError: for an ensemble, which is no single model.
+        """
+        if len(self.states) != 1:
+            raise ValueError(f"an ensemble of {len(self.states)} models is not one model")
+        return self.states[0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A merge to be done: the architecture and all the data that the server owns.
+
+    The protocol of every choice: from 500 examples on, a fixed part to learn on and a fixed validation part; from 50,
+    cross-validation over five folds and then a refit on all; below, defaults and no choice.
+
+    Attributes:
+        model: the architecture; its own weights are never used.
+        data: the server's examples, on the device where the merge runs.
+        seed: of the split; mergers and aligners get their own generators.
+        batch_size: examples in a step of a learned merge.
+        progress: called on long work.
+    """
+
+    model: nn.Module
+    data: Examples
+    seed: int = 0
+    batch_size: int = 32
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if len(self.data) == 0:
+            raise ValueError("the server owns no examples: merging needs at least one (--server-examples)")
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """The architecture's feature spaces.
+
+        Raises:
+            UnsupportedOperation: if they cannot be derived.
+        """
+        return symmetry(self.model, self.data.images[:2])
+
+    @property
+    def may_choose(self) -> bool:
+        """Whether there are enough examples to choose anything by validation."""
+        return len(self.data) >= FEWEST_TO_CHOOSE
+
+    @cached_property
+    def folds(self) -> tuple[tuple[Examples, Examples], ...]:
+        """Pairs of (part to learn on, validation part): one, five, or none (see the class)."""
+        if not self.may_choose:
+            return ()
+        parts = _stratified_parts(self.data.labels.cpu(), NUM_FOLDS, generator(self.seed, "server", "folds"))
+        if len(self.data) >= FEWEST_TO_SPLIT:
+            parts_used: Sequence[Tensor] = parts[: max(1, round(NUM_FOLDS * VALIDATION_SHARE))]
+        else:
+            parts_used = parts
+        everything = torch.arange(len(self.data))
+        pairs = []
+        for validation in parts_used:
+            learn = everything[~torch.isin(everything, validation)]
+            pairs.append((self.data[learn], self.data[validation]))
+        return tuple(pairs)
+
+    @property
+    def refits(self) -> bool:
+        """Whether, after the choice, a model is fitted again on all examples."""
+        return len(self.folds) != 1
+
+    @cached_property
+    def learn(self) -> Examples:
+        """The examples that statistics of a finished model are estimated on."""
+        return self.data if self.refits else self.folds[0][0]
+
+    @cached_property
+    def validation(self) -> Examples:
+        """The examples that judge models to which nothing was fitted: the validation part, or all of them."""
+        return self.data if self.refits else self.folds[0][1]
+
+
+def _stratified_parts(labels: Tensor, num_parts: int, generator: torch.Generator) -> list[Tensor]:
+    """Divide the examples into parts of nearly equal size and class shares; each part's indices are sorted."""
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    return [by_class[part::num_parts].sort().values for part in range(num_parts)]
+
+
+class Aligner(Protocol):
+    """Finds for each model the basis changes that bring it into the reference's basis.
+
+    A frozen dataclass; its fields are its hyper-parameters.
+    """
+
+    def __call__(
+        self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
+    ) -> Aligned:
+        """Align all models to `states[reference]`.
+
+        Args:
+            problem: the server's side.
+            states: the models, at least one.
+            reference: index of the model whose basis is kept.
+            generator: the only source of randomness.
+        """
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What an aligner gives back.
+
+    Attributes:
+        states: the models in the reference's basis, fresh, in the order in which they came.
+        server_examples: how many of the server's examples were used.
+        server_labels: whether their labels were used.
+        diagnostics: in JSON's types.
+    """
+
+    states: tuple[dict[str, Tensor], ...]
+    server_examples: int = 0
+    server_labels: bool = False
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Merger(Protocol):
+    """Makes one model (or an ensemble) of the clients' aligned models.
+
+    A frozen dataclass; its fields are its hyper-parameters.
+    """
+
+    def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
+        """Merge the updates, at least one, sorted by partition id; nothing that is given is changed.
+
+        Args:
+            problem: the server's side.
+            updates: the clients' models, in one basis.
+            generator: the only source of randomness.
+        """

@@ -1,0 +1,263 @@
+"""The report of a run: figures, and one HTML page that holds all that a reader needs and loads nothing.
+
+    RUN/report.html
+    RUN/figures/accuracy.png, .svg      by method
+    RUN/figures/rounds.png, .svg        by round, of a run with several
+    RUN/figures/classes.png, .svg       by class
+    RUN/figures/labels.png, .svg        which client has which classes
+
+The same run gives the same bytes. The numbers are those of `summary`, the sentences those of `words`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
+
+from fedmerge import summary, tables
+from fedmerge.runs import Result, Run, RunError
+from fedmerge.summary import BASELINE, Row
+from fedmerge.tables import NOTHING, clean, printable
+from fedmerge.words import headline, repeat_command, scenario, title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_ENTRIES = 200  # of a method's diagnostics on the page
+MOST_ITEMS = 8  # of a list in them
+
+
+class Plate(NamedTuple):
+    """A figure of the report: what stands beside it, the table of its data and the run's file that they come from."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    source: str = "results.jsonl"
+
+
+def write_report(run: Run, baseline: str = BASELINE) -> Path:
+    """Write RUN/report.html and RUN/figures.
+
+    A run whose every method failed gets a page that says so, with the messages.
+
+    Args:
+        run: the run folder.
+        baseline: the method that the others are compared with, if the run has it.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunError: if the run has no results at all.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from fedmerge.figures import THEME, to_png, to_svg
+
+    settings, config, results = run.settings, run.config, run.results()
+    if not results:
+        raise RunError(f"{run.path} has no results: finish the run, or repeat it with `{repeat_command(settings)}`")
+    rows = summary.summarize(results, settings.get("seeds", ()))
+    seeds = rows[0].seeds
+    partition = _first_partition(run, seeds)
+    plates = []
+    for plate in _plates(results, rows, partition):
+        svg = to_svg(plate.figure)
+        run.write(f"figures/{plate.name}.svg", svg)
+        run.write(f"figures/{plate.name}.png", to_png(plate.figure))
+        plates.append((plate, Markup(_inline(svg, plate, THEME))))  # ElementTree has escaped it
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("fedmerge").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        theme=THEME,
+        title=title(config),
+        scenario=scenario(config, seeds, partition),
+        command=repeat_command(settings),
+        headline=headline(rows, baseline),
+        shown=summary.best_single_model(rows) or (rows[0] if len(rows) == 1 and rows[0].accuracies else None),
+        plates=plates,
+        failures=[_failure(result) for result in results if result["status"] != "ok"],
+        diagnostics=list(_diagnostics(results, seeds)),
+        changed=sorted(config.to_mapping(changed_only=True)),
+        config={name: _text(value) for name, value in config.to_mapping().items()},
+        settings=settings,
+        seeds=seeds,
+        **_results_table(rows, baseline),
+    )
+    return run.write("report.html", page.encode(errors="replace"))  # a path in the configuration may be no Unicode
+
+
+def _first_partition(run: Run, seeds: Sequence[int]) -> dict[str, Any] | None:
+    """The first partition that the run has, and which; None for models that were trained elsewhere."""
+    for seed in seeds:
+        source = f"partitions/seed-{seed}.json"
+        if (run.path / source).is_file():
+            content: dict[str, Any] = json.loads((run.path / source).read_text(encoding="utf-8"))
+            return {**content, "source": source, "seed": seed}
+    return None
+
+
+def _results_table(rows: Sequence[Row], baseline: str) -> dict[str, Any]:
+    """The page's main table: headings, and for each row its texts with the numbers to sort them by."""
+    best = summary.best_single_model(rows)
+    differences = summary.paired_differences(rows, baseline) if baseline in [row.method for row in rows] else {}
+    lines = []
+    for row in rows:
+        found = differences.get(row.method)
+        compared = (NOTHING, None) if found is None else (tables.points(found), found.mean)
+        cells = [
+            (tables.percent(row), row.mean),
+            *([compared] if differences else []),
+            (NOTHING if row.loss is None else f"{row.loss:.3f}", row.loss),
+            (tables.duration(row.seconds), row.seconds),
+            (tables.size(row.bytes_up), row.bytes_up),
+            (tables.size(row.bytes_down), row.bytes_down),
+            (NOTHING if row.server_examples is None else str(row.server_examples), row.server_examples),
+        ]
+        lines.append(
+            {
+                "row": row,
+                "method": clean(row.method),
+                "remarks": "; ".join(tables.remarks(row, best)),
+                "cells": cells,
+            }
+        )
+    compared_with = [f"vs {clean(baseline)}"] if differences else []
+    headings = ["Method", "Accuracy, %", *compared_with, "Loss", "Seconds", "Up", "Down", "Server images"]
+    return {"best": best, "headings": headings, "lines": lines, "baseline": clean(baseline) if differences else ""}
+
+
+def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[str, Any] | None) -> Iterator[Plate]:
+    from fedmerge import figures
+
+    finished = [row for row in rows if row.accuracies]
+    if finished and len(rows) > 1:
+        yield Plate(
+            "accuracy",
+            "Accuracy by method",
+            "Mean accuracy over the seeds (large mark), ± one sample standard deviation (line), and each seed (dots). "
+            "Blue circles are aligned merges, brown diamonds controls; a hollow mark is an ensemble, which runs all "
+            "its members on each image.",
+            figures.accuracy_figure(rows),
+            ["Method", *(f"seed {seed}, %" for seed in rows[0].seeds), "mean ± deviation, %"],
+            [
+                [clean(row.method), *(_share(row.accuracies.get(seed)) for seed in row.seeds), tables.percent(row)]
+                for row in rows
+            ],
+        )
+    if finished and len({result["round"] for result in results}) > 1:
+        yield Plate(
+            "rounds",
+            "Accuracy by round",
+            "Mean accuracy after each round, over the seeds that finished it.",
+            figures.rounds_figure(results),
+            ["Method", "seed", "round", "accuracy, %"],
+            [
+                [clean(result["method"]), str(result["seed"]), str(result["round"]), _share(result["accuracy"])]
+                for result in results
+                if result["status"] == "ok"
+            ],
+        )
+    by_class = [row for row in rows if row.class_accuracies]
+    if by_class:
+        classes = partition["classes"] if partition else list(map(str, range(len(by_class[0].class_accuracies))))
+        yield Plate(
+            "classes",
+            "Accuracy by class",
+            "Accuracy in percent on the images of each class, mean over the seeds: a method can have a fair mean and "
+            "have lost a class.",
+            figures.classes_figure(by_class, classes),
+            ["Method", *map(clean, classes)],
+            [[clean(row.method), *map(_share, row.class_accuracies)] for row in by_class],
+        )
+    if partition:
+        counts = partition["label_counts"]
+        several = " Other seeds divide them anew." if len(rows[0].seeds) > 1 else ""
+        yield Plate(
+            "labels",
+            "Who has which classes",
+            f"Training images of each class at each client, seed {partition['seed']}: the larger the bubble or the "
+            f"fuller the cell, the more. The bars above are all images of a client.{several}",
+            figures.labels_figure(partition),
+            ["Client", *map(clean, partition["classes"]), "all"],
+            [[str(client), *(f"{count:,}" for count in row), f"{sum(row):,}"] for client, row in enumerate(counts)],
+            partition["source"],
+        )
+
+
+def _inline(svg: bytes, plate: Plate, theme: Mapping[str, str]) -> str:
+    """Return an SVG file as an element of the page: its ids its own, its colours the page's, its size the column's."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.partition("}")[2]
+        for name, value in list(element.attrib.items()):
+            del element.attrib[name]
+            value = re.sub(r"^#|(?<=url\(#)", lambda found: f"{found[0]}{plate.name}-", value)
+            for colour_name, colour in theme.items():
+                value = value.replace(colour, f"var(--{colour_name})") if name in ("style", "fill", "stroke") else value
+            element.set(name.rpartition("}")[2], f"{plate.name}-{value}" if name == "id" else value)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", f"{plate.title}. {plate.caption}")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _failure(result: Result) -> dict[str, Any]:
+    error = printable(result.get("error") or "no message")
+    return {"method": clean(result["method"]), "seed": result["seed"], "round": result["round"], "error": error}
+
+
+def _diagnostics(results: Sequence[Result], seeds: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+    """For each method that has any: names and, by seed, texts of its last round's diagnostics."""
+    for method in dict.fromkeys(result["method"] for result in results):
+        last = {
+            result["seed"]: dict(_leaves(result.get("diagnostics") or {}))
+            for result in sorted(results, key=lambda result: result["round"])
+            if result["method"] == method
+        }
+        names = list(dict.fromkeys(name for leaves in last.values() for name in leaves))
+        entries = [(name, [last.get(seed, {}).get(name, "") for seed in seeds]) for name in names[:MOST_ENTRIES]]
+        if len(names) > MOST_ENTRIES:
+            entries.append((f"and {len(names) - MOST_ENTRIES} more in results.jsonl", [""] * len(seeds)))
+        if entries:
+            yield clean(method), entries
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """The names and texts of what a tree of JSON's types holds; a list of plain values is one of them."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name} / {clean(str(key))}" if name else clean(str(key)))
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{name} {index}")
+    else:
+        yield name, _text(value)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        more = f", … ({len(value)} values)" if len(value) > MOST_ITEMS else ""
+        return ", ".join(map(_text, value[:MOST_ITEMS])) + more
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return NOTHING if value is None else f"{value:.4g}" if isinstance(value, float) else clean(str(value))
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,67 @@
+"""Lines of results.jsonl."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedmerge.oneshot import Outcome
+from fedmerge.problem import Examples
+from fedmerge.runs import Result
+from fedmerge.train import evaluate
+
+
+def measured(
+    *,
+    method: str,
+    seed: int,
+    server_round: int,
+    outcome: Outcome,
+    model: nn.Module,
+    evaluation: Examples,
+    bytes_up: int,
+    bytes_down: int,
+) -> Result:
+    """Evaluate a merge and return its line.
+
+    Args:
+        method: ALIGNER+MERGER.
+        seed: the run's seed.
+        server_round: the round, from 1.
+        outcome: the merge.
+        model: the architecture.
+        evaluation: the images to evaluate on, which nothing was chosen by.
+        bytes_up: sent by all clients in this round.
+        bytes_down: sent to all clients in this round.
+    """
+    found = evaluate(model, outcome.merged.states, evaluation)
+    return {
+        **_what(method, seed, server_round),
+        "status": "ok",
+        "error": None,
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "per_class_accuracy": list(found.per_class_accuracy),
+        "seconds": round(outcome.seconds, 3),
+        "bytes_up": bytes_up if outcome.merged.uses_clients else 0,
+        "bytes_down": bytes_down if outcome.merged.uses_clients else 0,
+        "server_examples": outcome.merged.server_examples,
+        "server_labels": outcome.merged.server_labels,
+        "models": len(outcome.merged.states),
+        "diagnostics": outcome.diagnostics,
+    }
+
+
+def failed(*, method: str, seed: int, server_round: int, reason: str) -> Result:
+    """Return the line of a merge that failed.
+
+    Args:
+        method: ALIGNER+MERGER.
+        seed: the run's seed.
+        server_round: the round, from 1.
+        reason: what stopped it.
+    """
+    return {**_what(method, seed, server_round), "status": "failed", "error": reason}
+
+
+def _what(method: str, seed: int, server_round: int) -> Result:
+    return {"method": method, "seed": seed, "round": server_round}

@@ -1,0 +1,274 @@
+"""The run folder: everything that a run leaves behind, written so that a killed run can go on.
+
+    RUN/config.json                                    command, configuration, versions
+    RUN/partitions/seed-0.json                         indices of the clients', the server's and the evaluation images
+    RUN/updates/seed-0/round-1/client-00003.safetensors    what a client sent, its metadata in the header
+    RUN/models/seed-0/round-1/METHOD.safetensors       merged models (METHOD-00001-… for an ensemble's members)
+    RUN/results.jsonl                                  a line for each method, seed and round; the last one counts
+    RUN/log.txt, RUN/report.html, RUN/figures/
+
+A file is there whole or not at all (it is written beside its place and moved), and one process at a time may write.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from fedmerge.config import Config
+from fedmerge.errors import FedmergeError
+from fedmerge.problem import Update
+from fedmerge.state import StateDict, read_checkpoint, serialize
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
+
+
+class RunError(FedmergeError):
+    """A run folder that cannot be used as asked, with what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Use `Run.create` or `Run.open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, command: str, config: Config, **settings: object) -> Run:
+        """Make a new run folder.
+
+        Args:
+            path: the folder; it must not exist, or be empty.
+            command: the subcommand that writes it.
+            config: the federation.
+            settings: what else is needed to repeat the command, in JSON's types.
+
+        Raises:
+            RunError: if the folder is in use, not empty or not writable.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise RunError(
+                    f"the run folder {path} is not empty: give another --out, or --resume to go on with the run in it"
+                )
+            run = cls(path.resolve())
+            content = {"command": command, "config": config.to_mapping(), **settings, "versions": versions()}
+            run._write("config.json", (json.dumps(content, indent=2) + "\n").encode())
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {path}: {error.strerror}; give another --out") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open an existing run folder.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            RunError: if it is not a run folder.
+        """
+        if not (path / "config.json").is_file():
+            raise RunError(f"{path} is not a run folder: it has no config.json")
+        return cls(path.resolve())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The content of config.json."""
+        content: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return content
+
+    @property
+    def config(self) -> Config:
+        """The federation's configuration."""
+        return Config.from_mapping(self.settings["config"])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder; the lock ends with the process, however it ends.
+
+        Raises:
+            RunError: if another process has it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process is writing into {self.path}: wait for it, or give another --out") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def save_partition(self, seed: int, indices: Mapping[str, object]) -> None:
+        """Store a seed's indices, or check that they are those stored before.
+
+        Args:
+            seed: the seed.
+            indices: what `Federation.indices` returns.
+
+        Raises:
+            RunError: if the folder holds others: the data or the libraries have changed since.
+        """
+        content = json.dumps(indices).encode()
+        path = self.path / "partitions" / f"seed-{seed}.json"
+        if not path.exists():
+            self._write(path, content)
+        elif path.read_bytes() != content:
+            raise RunError(
+                f"{path} holds another partition than these settings give now: the data or the libraries have changed "
+                "since the run was started; start a new run"
+            )
+
+    def has_update(self, seed: int, server_round: int, partition_id: int) -> bool:
+        """Return whether a client's update is stored."""
+        return self._update_path(seed, server_round, partition_id).exists()
+
+    def save_update(self, seed: int, server_round: int, update: Update) -> None:
+        """Store a client's update, once.
+
+        Args:
+            seed: the run's seed.
+            server_round: the round, from 1.
+            update: what the client sent.
+        """
+        if self.has_update(seed, server_round, update.partition_id):
+            return
+        about = {
+            "partition-id": update.partition_id,
+            "num-examples": update.num_examples,
+            "label-counts": update.label_counts,
+            "metrics": dict(update.metrics),
+            "num-bytes": update.num_bytes,
+        }
+        content = serialize(update.state, {"fedmerge": json.dumps(about)})
+        self._write(self._update_path(seed, server_round, update.partition_id), content)
+
+    def load_update(self, seed: int, server_round: int, partition_id: int) -> Update:
+        """Return one stored update."""
+        state, header = read_checkpoint(self._update_path(seed, server_round, partition_id))
+        about = json.loads(header["fedmerge"])
+        counts = about["label-counts"]
+        return Update(
+            state=state,
+            num_examples=about["num-examples"],
+            partition_id=about["partition-id"],
+            label_counts=None if counts is None else tuple(counts),
+            metrics=about["metrics"],
+            num_bytes=about["num-bytes"],
+        )
+
+    def load_updates(self, seed: int, server_round: int = 1) -> list[Update]:
+        """Return the stored updates of a seed and round, by partition id."""
+        folder = self._update_path(seed, server_round, 0).parent
+        ids = sorted(int(path.stem.removeprefix("client-")) for path in folder.glob("client-*.safetensors"))
+        return [self.load_update(seed, server_round, partition_id) for partition_id in ids]
+
+    def save_model(self, seed: int, server_round: int, method: str, states: tuple[StateDict, ...]) -> None:
+        """Store a merged model, or the members of an ensemble."""
+        folder = self.path / "models" / f"seed-{seed}" / f"round-{server_round}"
+        for index, state in enumerate(states):
+            part = f"-{index + 1:05}-of-{len(states):05}" if len(states) > 1 else ""
+            self._write(folder / f"{file_name(method)}{part}.safetensors", serialize(state))
+
+    def append(self, result: Mapping[str, object]) -> None:
+        """Add a line to results.jsonl; it is on the disk when this returns."""
+        path = self.path / "results.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("ab") as file:
+            file.write((b"\n" if torn else b"") + json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def results(self) -> list[Result]:
+        """Return the results, the last line of each method, seed and round, in the order of the run's methods."""
+        path = self.path / "results.jsonl"
+        latest: dict[tuple[object, ...], Result] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                result = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed process was writing
+                logger.warning("%s has an unfinished line, left out: %.60s", path, line)
+                continue
+            latest[result["method"], result["seed"], result.get("round")] = result
+        methods: list[str] = self.settings.get("methods", [])
+        places = {method: place for place, method in enumerate(methods)}
+        return sorted(latest.values(), key=lambda result: places.get(result["method"], len(places)))
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Append what fedmerge and Flower log to log.txt inside the block."""
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        loggers = [logging.getLogger(name) for name in ("fedmerge", "flwr")]
+        for item in loggers:
+            item.addHandler(handler)
+        try:
+            yield
+        finally:
+            for item in loggers:
+                item.removeHandler(handler)
+            handler.close()
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Write a file of the run, whole or not at all, and return its path."""
+        return self._write(name, content)
+
+    def _update_path(self, seed: int, server_round: int, partition_id: int) -> Path:
+        folder = self.path / "updates" / f"seed-{seed}" / f"round-{server_round}"
+        return folder / f"client-{partition_id:05}.safetensors"
+
+    def _write(self, name: Path | str, content: bytes) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # the app's bundle runs without an installed fedmerge
+            found[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
+    return found | {"threads": str(torch.get_num_threads())}
+
+
+def file_name(method: str) -> str:
+    """Return a method's name as a file name.
+
+    Example:
+        >>> file_name("activations+np:groups=channel")
+        'activations+np_groups=channel'
+    """
+    return re.sub(r"[^A-Za-z0-9.+=_-]", "_", method)

@@ -1,0 +1,191 @@
+"""The server's side of a run: rounds over a Flower grid, with everything that arrives kept in the run folder.
+
+`serve` is the ServerApp's main: the same in Ray's simulation, under `flwr run` and across machines. `collect` is its
+first half alone: one round of training without a merge, for comparing many merges of the same updates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from torch import nn
+
+from fedmerge import federation, models, oneshot, results
+from fedmerge.catalogue import method_name
+from fedmerge.client import num_threads
+from fedmerge.config import Config
+from fedmerge.federation import Federation
+from fedmerge.problem import Progress, Update, silent
+from fedmerge.recording import Recall, RecordingGrid, round_of
+from fedmerge.runs import Run
+from fedmerge.seeds import derive
+from fedmerge.strategy import OneShotMerge
+from fedmerge.wire import (
+    MalformedUpdate,
+    arrays_from_state,
+)
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[Config], Federation]
+
+
+def serve(
+    grid: Grid,
+    config: Config,
+    run: Run,
+    *,
+    load: Load = federation.load,
+    recall: Recall | None = None,
+    progress: Progress = silent,
+    pause: float = 0.1,
+) -> Result:
+    """Run a federation: its rounds of training and merging, each merged model evaluated and stored; or `RoundFailed`.
+
+    Args:
+        grid: reaches the clients.
+        config: the federation's configuration.
+        run: the run folder, which gets the partition, each update as it arrives, the merged models and the results.
+        load: makes the federation of the configuration.
+        recall: gives replies that are known already (resuming a run); merges are computed again, to the same bits.
+        progress: called on long work.
+        pause: seconds between looks for new replies.
+
+    Returns:
+        Flower's result, with the merged models' accuracy and loss by round.
+    """
+    with num_threads(config.threads):
+        session = _Session.start(grid, config, run, load, recall, progress, pause)
+        session.strategy.on_round = session.measure
+        return session.strategy.start(
+            session.grid,
+            initial_arrays=arrays_from_state(session.model.state_dict()),
+            num_rounds=config.rounds,
+            timeout=config.timeout,
+            evaluate_fn=lambda server_round, _: session.evaluations.get(server_round),
+        )
+
+
+def collect(
+    grid: Grid,
+    config: Config,
+    run: Run,
+    *,
+    load: Load = federation.load,
+    recall: Recall | None = None,
+    progress: Progress = silent,
+    pause: float = 0.1,
+) -> list[Update]:
+    """Run the training of one round, without a merge; or `RoundFailed`.
+
+    Args:
+        grid: reaches the clients.
+        config: the federation's configuration.
+        run: the run folder, which gets the partition, and each update as it arrives.
+        load: makes the federation of the configuration.
+        recall: gives replies that are known already.
+        progress: called on long work.
+        pause: seconds between looks for new replies.
+
+    Returns:
+        The good updates, by partition id.
+    """
+    session = _Session.start(grid, config, run, load, recall, progress, pause)
+    arrays = arrays_from_state(session.model.state_dict())
+    messages = session.strategy.configure_train(1, arrays, ConfigRecord(), session.grid)
+    replies = session.grid.send_and_receive(messages, timeout=config.timeout)
+    return session.strategy.read_replies(1, replies)[0]
+
+
+@dataclass
+class _Session:
+    """What the rounds of a run have in common, and what they add up to."""
+
+    config: Config
+    run: Run
+    federation: Federation
+    model: nn.Module
+    grid: RecordingGrid
+    strategy: OneShotMerge
+    bytes_sent_before: int = 0
+    evaluations: dict[int, MetricRecord] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        grid: Grid,
+        config: Config,
+        run: Run,
+        load: Load,
+        recall: Recall | None,
+        progress: Progress,
+        pause: float,
+    ) -> _Session:
+        examples = load(config)
+        run.save_partition(config.seed, examples.indices())
+        model = models.create(
+            config.model,
+            shape=examples.dataset.shape,
+            num_classes=len(examples.classes),
+            seed=derive(config.seed, "init"),
+        )
+        strategy = OneShotMerge(
+            model,
+            examples.server.images,
+            examples.server.labels,
+            align=config.align,
+            merge=config.merge,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            min_completed=config.min_completed,
+            send_arrays_first_round=config.init == "shared",
+            ttl=config.timeout,
+            connect_timeout=config.timeout,
+            device=config.device,
+            progress=progress,
+            min_train_nodes=config.clients,
+        )
+
+        def arrived(message: Message, reply: Message) -> None:
+            if reply.has_content():
+                try:
+                    update = strategy.read_update(reply)
+                except MalformedUpdate:
+                    return  # the strategy reads the reply again, and tells the reason
+                run.save_update(config.seed, round_of(message), update)
+
+        recording = RecordingGrid(grid, arrived=arrived, recall=recall, progress=progress, pause=pause)
+        return cls(config, run, examples, model, recording, strategy)
+
+    def measure(
+        self,
+        server_round: int,
+        updates: Sequence[Update],
+        rejected: Sequence[str],
+        outcome: oneshot.Outcome,
+    ) -> None:
+        """Evaluate a merged model, and store it and its result."""
+        method = method_name(self.config.align, self.config.merge)
+        result = results.measured(
+            method=method,
+            seed=self.config.seed,
+            server_round=server_round,
+            outcome=outcome,
+            model=self.strategy.problem.model,
+            evaluation=self.federation.evaluation.to(self.strategy.problem.data.images.device),
+            bytes_up=sum(update.num_bytes for update in updates),
+            bytes_down=self.grid.bytes_sent - self.bytes_sent_before,
+        )
+        self.bytes_sent_before = self.grid.bytes_sent
+        self.run.save_model(self.config.seed, server_round, method, outcome.merged.states)
+        self.run.append(result)
+        self.evaluations[server_round] = MetricRecord({name: result[name] for name in ("accuracy", "loss")})

@@ -1,0 +1,286 @@
+"""OneShotMerge: a Flower strategy that aligns the clients' models and learns how to merge them.
+
+In any Flower app, three lines:
+
+    from fedmerge.strategy import OneShotMerge
+    strategy = OneShotMerge(model, images, labels)          # the server's held-out data
+    result = strategy.start(grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=1)
+
+It only adapts: replies become updates (`fedmerge.wire`), `fedmerge.oneshot` merges them. Replies that cannot be used
+are left out by name, and fewer good ones than `min_completed` fail the round with every reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor, nn
+
+from fedmerge import oneshot
+from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.client import choose_device
+from fedmerge.errors import FedmergeError
+from fedmerge.problem import Examples, Problem, Progress, Update, silent
+from fedmerge.seeds import derive, generator
+from fedmerge.train import predict
+from fedmerge.wire import (
+    PARTITION_ID,
+    SERVER_ROUND,
+    MalformedUpdate,
+    arrays_from_state,
+    average_metrics,
+    finite_scalars,
+    update_from_records,
+)
+
+logger = logging.getLogger(__name__)
+
+OnRound = Callable[[int, Sequence[Update], Sequence[str], oneshot.Outcome], None]
+"""Called after a merge with the round, the updates, why others were left out, and the outcome."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_WARNINGS = 30.0
+
+
+class RoundFailed(FedmergeError, AggregationError):
+    """A round that has too few good updates, or whose result cannot be used; the text tells every reason."""
+
+
+class OneShotMerge(FedAvg):
+    """Align the clients' models, merge them on the server's data, and broadcast the result in the next round.
+
+    Args:
+        model: the architecture; its weights are not used.
+        images: (examples, …) the server's held-out images, preprocessed as the clients' are.
+        labels: (examples,) their classes.
+        align: name of the aligner.
+        merge: name of the merger.
+        seed: of the merge, and of the choice of clients where `fraction_train` is below 1.
+        batch_size: examples in a step of a learned merge.
+        min_completed: fewer good updates than this fail the round.
+        send_arrays_first_round: False where clients start from initialisations of their own.
+        on_round: called after each merge.
+        ttl: seconds after which Flower gives up on a client; None: Flower's default.
+        connect_timeout: seconds to wait for the minimum of nodes before a round; then it starts with those that are
+            there, if they are `min_completed`.
+        device: where the merge runs: "auto", "cpu", "cuda" or "cuda:N".
+        progress: called on long work.
+        fedavg: the arguments of FedAvg. `min_available_nodes` is by default `min_train_nodes`, and
+            `fraction_evaluate` is 0.
+
+    Raises:
+        ValueError: if there is no image, or the images do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        align: str = "auto",
+        merge: str = "np",
+        seed: int = 0,
+        batch_size: int = 32,
+        min_completed: int = 2,
+        send_arrays_first_round: bool = True,
+        on_round: OnRound | None = None,
+        ttl: float | None = None,
+        connect_timeout: float = 3600.0,
+        device: str = "auto",
+        progress: Progress = silent,
+        **fedavg: Any,
+    ) -> None:
+        fedavg = {"train_metrics_aggr_fn": average_metrics, "evaluate_metrics_aggr_fn": average_metrics, **fedavg}
+        fedavg.setdefault("min_available_nodes", fedavg.get("min_train_nodes", 2))
+        fraction_evaluate = fedavg.pop("fraction_evaluate", 0.0)
+        super().__init__(**fedavg)
+        self.fraction_evaluate = fraction_evaluate  # set here: FedAvg warns of a 0 that is our default
+        if fraction_evaluate == 0:
+            self.min_evaluate_nodes = 0
+        where = choose_device(device)
+        self.problem = Problem(
+            model=copy.deepcopy(model).to(where).eval(),
+            data=Examples(images, labels).to(where),
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        state = self.problem.model.state_dict()
+        self.num_classes = predict(self.problem.model, state, self.problem.data.images[:1]).shape[1]
+        resolve("aligner", align, ALIGNERS)  # an unknown name is told before clients train
+        resolve("merger", merge, MERGERS)
+        self.align, self.merge, self.seed = align, merge, seed
+        self.min_completed = min_completed
+        self.send_arrays_first_round = send_arrays_first_round
+        self.on_round = on_round
+        self.ttl = ttl
+        self.connect_timeout = connect_timeout
+        self._asked: frozenset[int] = frozenset()
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        logger.info("\t├──> Merge: align '%s', merge '%s', seed %d", self.align, self.merge, self.seed)
+        logger.info("\t│\t├── Server's examples: %d, on %s", len(self.problem.data), self.problem.data.images.device)
+        logger.info("\t│\t└── Updates needed in a round: %d", self.min_completed)
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Make the round's messages, to every node or to a share of them that the seed chooses; or `RoundFailed`.
+
+        Args:
+            server_round: the round, from 1.
+            arrays: the model.
+            config: what else the clients are told; it is not changed.
+            grid: gives the nodes, for which it waits.
+        """
+        if self.fraction_train == 0:
+            return []
+        node_ids = self._wait_for_nodes(grid)
+        size = min(max(int(len(node_ids) * self.fraction_train), self.min_train_nodes), len(node_ids))
+        order = torch.randperm(len(node_ids), generator=generator(self.seed, "sample", server_round))
+        chosen = [node_ids[index] for index in order[:size].sort().values.tolist()]
+        content = RecordDict({self.configrecord_key: ConfigRecord({**config, SERVER_ROUND: server_round})})
+        if server_round > 1 or self.send_arrays_first_round:
+            content[self.arrayrecord_key] = arrays
+        self._asked = frozenset(chosen)
+        return [
+            Message(content=content, dst_node_id=node_id, message_type=MessageType.TRAIN, ttl=self.ttl)
+            for node_id in chosen
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge the round's updates.
+
+        Args:
+            server_round: the round, from 1.
+            replies: of the clients, in any order.
+
+        Returns:
+            The merged model, and the merge's scalar diagnostics with the means of the clients' metrics.
+
+        Raises:
+            RoundFailed: if there are too few good updates, or the merge gives an ensemble.
+        """
+        good, rejected = self._read(server_round, replies)
+        updates = [update for update, _ in good]
+        outcome = oneshot.merge_updates(
+            self.problem,
+            updates,
+            align=self.align,
+            merge=self.merge,
+            seed=derive(self.seed, "merge", server_round),
+        )
+        if len(outcome.merged.states) != 1:
+            raise RoundFailed(
+                f"--merge {self.merge} gives an ensemble of {len(outcome.merged.states)} models, which cannot be sent "
+                "to the clients as one; choose another --merge, or evaluate ensembles with 'fedmerge compare'"
+            )
+        if self.on_round is not None:
+            self.on_round(server_round, updates, rejected, outcome)
+        metrics = self.train_metrics_aggr_fn([content for _, content in good], self.weighted_by_key)
+        metrics.update(finite_scalars({**outcome.diagnostics, "merge-seconds": outcome.seconds}))
+        return arrays_from_state(outcome.merged.state), metrics
+
+    def read_replies(self, server_round: int, replies: Iterable[Message]) -> tuple[list[Update], list[str]]:
+        """Return the good updates by partition id, and why others were left out; or `RoundFailed` if they are few.
+
+        Args:
+            server_round: the round, from 1.
+            replies: of the clients, in any order.
+        """
+        good, rejected = self._read(server_round, replies)
+        return [update for update, _ in good], rejected
+
+    def read_update(self, reply: Message) -> Update:
+        """Return a reply's update, checked against the model.
+
+        Args:
+            reply: with content; a node that does not tell its partition id is known by its node id.
+        """
+        return update_from_records(
+            reply.content,
+            self.problem.model.state_dict(),
+            fallback_id=reply.metadata.src_node_id,
+            num_classes=self.num_classes,
+            weighted_by_key=self.weighted_by_key,
+        )
+
+    def _read(self, server_round: int, replies: Iterable[Message]) -> tuple[list[tuple[Update, RecordDict]], list[str]]:
+        replies = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+        answered, failed = self._check_and_log_replies(replies, is_train=True, validate=False)
+        rejected = [f"{reply.error.reason} (node {reply.metadata.src_node_id})" for reply in failed]
+        silent_nodes = self._asked - {reply.metadata.src_node_id for reply in replies}
+        rejected += [f"node {node_id} did not answer in time" for node_id in sorted(silent_nodes)]
+        good: dict[int, tuple[Update, RecordDict]] = {}
+        for reply in answered:
+            node_id, content = reply.metadata.src_node_id, reply.content
+            try:
+                update = self.read_update(reply)
+            except MalformedUpdate as error:
+                rejected.append(f"{_name(content, node_id)}: {error}")
+                continue
+            if update.partition_id in good:
+                rejected.append(f"{_name(content, node_id)}: another node has answered for the same {PARTITION_ID}")
+                continue
+            if update.partition_id == node_id:
+                logger.warning(
+                    "%s tells no '%s': its place in the order of clients is random",
+                    _name(content, node_id),
+                    PARTITION_ID,
+                )
+            good[update.partition_id] = update, content
+        for reason in rejected:
+            logger.warning("round %d goes on without an update: %s", server_round, reason)
+        if len(good) < self.min_completed:
+            reasons = "".join(f"\n  {reason}" for reason in rejected)
+            raise RoundFailed(
+                f"round {server_round} has {len(good)} good updates, and needs {self.min_completed} "
+                f"(min_completed){':' if reasons else ''}{reasons}"
+            )
+        return [good[partition_id] for partition_id in sorted(good)], rejected
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        wanted = max(self.min_available_nodes, self.min_train_nodes)
+        began, warned = time.monotonic(), -math.inf
+        while len(node_ids := sorted(grid.get_node_ids())) < wanted:
+            waited = time.monotonic() - began
+            state = f"{len(node_ids)} of {wanted} nodes are connected"
+            if waited >= self.connect_timeout:
+                if len(node_ids) < max(self.min_completed, 1):
+                    raise RoundFailed(
+                        f"{state} after {waited:.0f} s, and {self.min_completed} are needed (min_completed)"
+                    )
+                logger.warning("%s after %.0f s: the round starts without the others", state, waited)
+                break
+            if waited - warned >= SECONDS_BETWEEN_WARNINGS:
+                warned = waited
+                logger.warning(
+                    "%s, waiting for the others for up to %.0f s; in a simulation, give Flower as many: "
+                    '--federation-config "num-supernodes=%d"',
+                    state,
+                    self.connect_timeout,
+                    wanted,
+                )
+            time.sleep(min(SECONDS_BETWEEN_LOOKS, self.connect_timeout - waited))
+        return node_ids
+
+
+def _name(content: RecordDict, node_id: int) -> str:
+    """Return how to name the sender of a reply that may hold anything."""
+    told = [record[PARTITION_ID] for record in content.metric_records.values() if PARTITION_ID in record]
+    return f"client {told[0]} (node {node_id})" if told else f"node {node_id}"

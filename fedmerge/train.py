@@ -1,0 +1,174 @@
+"""Training a client's model, and evaluating any: plain PyTorch on examples in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from fedmerge.errors import FedmergeError
+from fedmerge.problem import Examples
+from fedmerge.seeds import default_generator, fork
+from fedmerge.state import StateDict
+
+EVALUATION_BATCH = 512
+
+
+class Diverged(FedmergeError, ArithmeticError):
+    """A training whose loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """A client's local training: SGD with momentum and a cosine decay of the learning rate to 0.
+
+    Attributes:
+        epochs: passes over the client's examples.
+        batch_size: examples a step; the last batch of an epoch may be smaller (never of size 1 where there is another).
+        lr: learning rate of the first step.
+        momentum: of SGD, in [0, 1).
+        weight_decay: L2 penalty's factor.
+    """
+
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on examples.
+
+    Attributes:
+        accuracy: share of the examples classified correctly, in [0, 1].
+        loss: mean cross-entropy in nats.
+        per_class_accuracy: the accuracy within each class; None for a class without examples.
+    """
+
+    accuracy: float
+    loss: float
+    per_class_accuracy: tuple[float | None, ...]
+
+
+def fit(
+    model: nn.Module, state: StateDict, examples: Examples, recipe: LocalTraining, *, generator: torch.Generator
+) -> tuple[dict[str, Tensor], float]:
+    """Train a copy of `model` from `state` by mini-batch SGD on the cross-entropy.
+
+    Args:
+        model: the architecture; it is used as a workspace, and its weights afterwards are those trained.
+        state: the weights to start from.
+        examples: at least one, on the model's device.
+        recipe: the hyper-parameters.
+        generator: decides the order of the examples, and dropout.
+
+    Returns:
+        The trained state dict (copies, on the model's device) and the mean loss over the last epoch.
+
+    Raises:
+        ValueError: if there are no examples.
+        Diverged: if the loss becomes NaN or infinite.
+    """
+    if len(examples) == 0:
+        raise ValueError("there are no examples to train on")
+    model.load_state_dict(dict(state))
+    model.train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
+    )
+    steps = recipe.epochs * num_batches(len(examples), recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    mean_loss = math.nan
+    with default_generator(fork(generator), examples.images.device):
+        for _ in range(recipe.epochs):
+            total = torch.zeros((), device=examples.images.device)
+            for index in batches(len(examples), recipe.batch_size, generator):
+                batch = examples[index.to(examples.images.device)]
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(batch.images), batch.labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                total += loss.detach() * len(batch)
+            mean_loss = float(total) / len(examples)
+            if not math.isfinite(mean_loss):
+                raise Diverged(f"the training loss became {mean_loss}; lower --lr (it is {recipe.lr})")
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Return the number of batches of one epoch of `batches`."""
+    whole, rest = divmod(num_examples, batch_size)
+    return max(1, whole + (rest > 1))
+
+
+def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield one epoch's batches of indices, in random order.
+
+    A last batch of one example joins the one before: batch normalisation cannot train on it.
+
+    Args:
+        num_examples: examples in all.
+        batch_size: examples in a batch.
+        generator: decides the order.
+
+    Example:
+        >>> [len(batch) for batch in batches(9, 4, torch.Generator())]
+        [4, 5]
+    """
+    order = torch.randperm(num_examples, generator=generator)
+    count = num_batches(num_examples, batch_size)
+    for number in range(count):
+        yield order[number * batch_size : None if number == count - 1 else (number + 1) * batch_size]
+
+
+@torch.no_grad()
+def predict(model: nn.Module, state: StateDict, images: Tensor) -> Tensor:
+    """Return the logits (images, classes) of `state` in evaluation mode, computed in batches.
+
+    The model's own weights and its modules' modes stay as they are.
+
+    Args:
+        model: the architecture.
+        state: its weights.
+        images: on the state's device.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return torch.cat([functional_call(model, dict(state), (part,)) for part in images.split(EVALUATION_BATCH)])
+    finally:
+        for module, was_training in modes:  # a layer may have been frozen in a model that trains
+            module.training = was_training
+
+
+def evaluate(model: nn.Module, states: Sequence[StateDict], examples: Examples) -> Evaluation:
+    """Evaluate a model, or an ensemble by the mean of its members' probabilities.
+
+    Args:
+        model: the architecture.
+        states: one state dict, or the members'.
+        examples: at least one, on the states' device.
+    """
+    log_probabilities = torch.stack(
+        [predict(model, state, examples.images).double().log_softmax(1) for state in states]
+    ).logsumexp(0) - math.log(len(states))
+    loss = functional.nll_loss(log_probabilities, examples.labels)
+    correct = log_probabilities.argmax(1) == examples.labels
+    num_classes = log_probabilities.shape[1]
+    counts = torch.bincount(examples.labels, minlength=num_classes)
+    hits = torch.bincount(examples.labels[correct], minlength=num_classes)
+    return Evaluation(
+        accuracy=int(correct.sum()) / len(examples),
+        loss=float(loss),
+        per_class_accuracy=tuple(
+            hit / count if count else None for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)
+        ),
+    )

@@ -1,0 +1,116 @@
+"""A run in words: what it did, what came out, and the command that repeats it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedmerge.config import Config
+from fedmerge.summary import BASELINE, Difference, Row, best_single_model, paired_differences
+from fedmerge.tables import clean, percent, signed
+
+
+def repeat_command(settings: Mapping[str, Any]) -> str:
+    """Return the command that repeats a run.
+
+    Args:
+        settings: the content of its config.json.
+
+    Example:
+        >>> repeat_command({"command": "compare", "config": {"clients": 3, "label-counts": False}, "seeds": [0, 1]})
+        'fedmerge compare --clients 3 --no-label-counts --seeds 0,1'
+    """
+    options: dict[str, Any] = dict(Config.from_mapping(settings["config"]).to_mapping(changed_only=True))
+    lists = {name: settings[name] for name in ("methods", "seeds") if settings.get(name)}
+    words = ["fedmerge", settings["command"]]
+    for name, value in {**options, **lists}.items():
+        if name == "out" or (name == "seed" and "seeds" in lists):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", ",".join(map(str, value)) if name in lists else str(value)]
+    return shlex.join(words)
+
+
+def title(config: Config) -> str:
+    """Return a run's title."""
+    rounds = "one round" if config.rounds == 1 else f"{config.rounds} rounds"
+    return f"{clean(config.data)}: {config.clients} {_plural('client', config.clients)}, {rounds}"
+
+
+def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] | None = None) -> str:
+    """Return what a run did, in a few sentences.
+
+    Args:
+        config: the federation.
+        seeds: of the run.
+        partition: one of its partitions; None for models that were trained elsewhere.
+    """
+    images = f"{config.server_examples:,} labelled {_plural('image', config.server_examples)}"
+    over = f"with seed {seeds[0]}" if len(seeds) == 1 else f"over {len(seeds)} seeds"
+    judged = f"{config.split} images of {config.data}"
+    if partition is None:
+        return clean(f"Models of {config.model}. The server owns {images}. Accuracies are on {judged}, {over}.")
+    counts = partition["label_counts"]
+    how = f"{config.partition} (alpha {config.alpha:g})" if "dirichlet" in config.partition else config.partition
+    low, high = config.epochs_range
+    epochs = f"{low if low == high else f'{low} to {high}'} {_plural('epoch', high)}"
+    start = {"independent": "independent initialisations", "shared": "one shared initialisation"}[config.init]
+    return clean(
+        f"{len(counts)} {_plural('client', len(counts))} hold {sum(map(sum, counts)):,} training images of "
+        f"{len(partition['classes'])} classes, divided by {how}, and train {config.model} for {epochs} from {start}. "
+        f"The server owns {images} that no client has. Accuracies are on {len(partition['evaluation']):,} {judged} "
+        f"that neither has seen, {over}."
+    )
+
+
+def headline(rows: Sequence[Row], baseline: str = BASELINE) -> list[str]:
+    """Return what came out, in sentences: the best single model, and what it is to be compared with.
+
+    Args:
+        rows: of one run.
+        baseline: a method to compare with, if the run has it.
+    """
+    best = best_single_model(rows)
+    if best is None:
+        if all(row.mean is None for row in rows):
+            return ["No method finished: there is nothing to compare."]
+        if len(rows) == 1:
+            return [f"{clean(rows[0].method)} is the only method of this run."]
+        return ["No single model finished every seed: there is nothing to compare."]
+    others = [row for row in rows if row.aligned != best.aligned and row.method != baseline]
+    role = ", a control," if not best.aligned and any(row.aligned for row in rows) else ""
+    found = [f"{clean(best.method)}{role} is the best single model"]
+    compared = {
+        "": next((row for row in rows if row.method == baseline), None),
+        "the best other control, " if best.aligned else "the best aligned merge, ": _best(
+            row for row in others if row.models == 1
+        ),
+        "the best ensemble, ": _best(row for row in rows if row.models > 1),
+    }
+    for what, other in compared.items():
+        if other is not None and other is not best and other.accuracies:
+            difference = paired_differences(rows, other.method)[best.method]
+            coverage = "" if other.complete else f" over {other.coverage}"
+            found.append(f"{_interval(difference)} against {what}{clean(other.method)}: {percent(other)} %{coverage}")
+    left_out = [clean(row.method) for row in rows if not row.complete]
+    if left_out:
+        found.append(f"Not in the running, for they did not finish every seed: {', '.join(left_out)}")
+    return [f"{sentence}." for sentence in found]
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    return max((row for row in rows if row.complete), key=lambda row: row.mean or 0.0, default=None)
+
+
+def _interval(difference: Difference) -> str:
+    if difference.half_width is None:
+        return f"{signed(difference.mean)} points (one seed: no interval)"
+    low, high = (signed(difference.mean + sign * difference.half_width) for sign in (-1, 1))
+    return f"{signed(difference.mean)} points (95 % interval {low} to {high}, {difference.seeds} seeds)"
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else word + "s"

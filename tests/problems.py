@@ -1,0 +1,58 @@
+"""Small merging problems that tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.basis import Permutation, rebase
+from fedmerge.models import create
+from fedmerge.problem import Examples, Problem, Update
+from fedmerge.seeds import generator
+from fedmerge.train import LocalTraining, fit
+
+SHAPE = (1, 6, 6)
+
+
+def blobs(count: int, seed: int, classes: tuple[int, ...] = (0, 1, 2)) -> Examples:
+    """Images of classes that are easy, but not trivial, to tell apart."""
+    centres = torch.randn(3, *SHAPE, generator=generator(0, "centres"))
+    stream = generator(seed, "blobs")
+    labels = torch.tensor(classes)[torch.randint(len(classes), (count,), generator=stream)]
+    return Examples(centres[labels] + 1.5 * torch.randn(count, *SHAPE, generator=stream), labels)
+
+
+def problem_of(name: str, server_examples: int = 60) -> Problem:
+    return Problem(create(name, shape=SHAPE, num_classes=3, seed=99), blobs(server_examples, seed=7), batch_size=16)
+
+
+def trained(name: str, count: int = 3, *, shared: bool = False) -> list[Update]:
+    """Updates of clients that see two of three classes each."""
+    updates = []
+    for client in range(count):
+        model = create(name, shape=SHAPE, num_classes=3, seed=0 if shared else client)
+        examples = blobs(60 + client, seed=client, classes=(client % 3, (client + 1) % 3))
+        start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        state, _ = fit(model, start, examples, LocalTraining(epochs=4, lr=0.02), generator=generator(client, "fit"))
+        updates.append(Update(state, len(examples), client))
+    return updates
+
+
+def shuffled(problem: Problem, update: Update, seed: int) -> Update:
+    """Return the same function, its units renamed."""
+    stream = generator(seed, "shuffle")
+    changes = [Permutation(torch.randperm(space.size, generator=stream)) for space in problem.spaces]
+    return replace(update, state=rebase(update.state, problem.spaces, changes), partition_id=update.partition_id + 100)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TwoLayers(nn.Sequential):
+    """A net without ReLU's symmetry of scale, small enough for oracles in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 3))

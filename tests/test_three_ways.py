@@ -1,0 +1,84 @@
+"""The same seed gives the same merged model to the bit, in each of the three ways to run the app."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flower_processes import flower
+
+from fedmerge.config import Config, Value
+from fedmerge.runs import Run
+from fedmerge.simulation import simulate
+from fedmerge.state import read_checkpoint
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = Config(
+    clients=2, local_epochs="1", align="activations", merge="np:steps=20", server_examples=100, rounds=2, threads=1
+)
+
+
+def flower_settings() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings: dict[str, Any] = tomllib.load(file)["tool"]["flwr"]["app"]
+    return settings
+
+
+def told(folder: Path) -> Mapping[str, Value]:
+    """What `--run-config` is given."""
+    return CONFIG.replace(out=str(folder)).to_mapping(changed_only=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run on Ray in this process."""
+    run = Run.create(tmp_path_factory.mktemp("simulate") / "run", "simulate", CONFIG)
+    simulate(CONFIG, run)
+    return run
+
+
+def assert_same_run(run: Run, expected: Run) -> None:
+    for server_round in (1, 2):
+        for first, second in zip(
+            run.load_updates(0, server_round), expected.load_updates(0, server_round), strict=True
+        ):
+            assert all(tensor.equal(second.state[name]) for name, tensor in first.state.items())
+            assert first.label_counts == second.label_counts
+        path = f"models/seed-0/round-{server_round}/activations+np_steps=20.safetensors"
+        merged, wanted = read_checkpoint(run.path / path)[0], read_checkpoint(expected.path / path)[0]
+        assert all(tensor.equal(wanted[name]) for name, tensor in merged.items())
+    for line, wanted_line in zip(run.results(), expected.results(), strict=True):
+        assert line | {"seconds": 0} == wanted_line | {"seconds": 0}
+
+
+def test_the_flower_app_knows_every_setting_with_its_default() -> None:
+    assert flower_settings()["config"] == Config().to_mapping()
+    assert len(flower_settings()["config"]) == len(dataclasses.fields(Config))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_flwr_run_gives_the_bits_of_the_simulation_in_process(expected: Run, tmp_path: Path) -> None:
+    with flower(tmp_path, simulation=True) as started:
+        started.run(ROOT, told(tmp_path / "run"), "num-supernodes=2 client-resources-num-cpus=1")
+    assert_same_run(Run.open(tmp_path / "run"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_supernodes_give_the_bits_of_the_simulation_in_process(expected: Run, tmp_path: Path) -> None:
+    with flower(tmp_path, simulation=False) as started:
+        for partition_id in (1, 0):
+            started.add_node(partition_id=partition_id, num_partitions=2)
+        started.run(ROOT, told(tmp_path / "run"))
+    assert_same_run(Run.open(tmp_path / "run"), expected)
