@@ -89,9 +89,10 @@ def _scenario_options(command: Command) -> Command:
 def simulate(context: click.Context, resume: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Run one federation by one method, for one or more rounds, on Ray in this process."""
     with _session(quiet, as_json) as (console, stack):
-        config, run = _prepare(context, "simulate", flags, resume, stack)
         from fedmerge.simulation import simulate as simulate_on_ray
 
+        console.hush_flower()
+        config, run = _prepare(context, "simulate", flags, resume, stack)
         simulate_on_ray(config, run, progress=console.progress, resume=resume)
         console.finish(run)
 
@@ -113,9 +114,10 @@ def compare(
         if flags["rounds"] != 1:
             raise ConfigurationError("compare merges one round of training by many methods: use simulate for --rounds")
         settings = {"methods": _methods(methods), "seeds": _seeds(seeds, flags["seed"])}
-        config, run = _prepare(context, "compare", flags, resume, stack, **settings)
         from fedmerge import compare as comparison
 
+        console.hush_flower()
+        config, run = _prepare(context, "compare", flags, resume, stack, **settings)
         stored = run.settings
         comparison.compare(config, run, stored["methods"], stored["seeds"], progress=console.progress)
         console.finish(run)
@@ -153,6 +155,7 @@ def merge(
         from fedmerge import compare as comparison
         from fedmerge.runs import Run
 
+        console.hush_flower()
         names = _methods(methods) if methods else _methods(_method(flags["align"], flags["merge"]))
         folders = [path for path in sources if path.is_dir()]
         if folders and len(folders) < len(sources):

@@ -64,10 +64,9 @@ def compare(
                 continue
             of_seed = config.replace(seed=seed)
             grid = grid or stack.enter_context(simulation(of_seed))
-            updates = train_clients(of_seed, run, grid=grid, progress=_for_seed(progress, seed), resume=True)
-            merge_by_methods(
-                of_seed, run, federation.load(of_seed), updates, pending, progress=_for_seed(progress, seed)
-            )
+            report = _for_seed(progress, seed)
+            updates = train_clients(of_seed, run, grid=grid, progress=report, resume=True)
+            merge_by_methods(of_seed, run, federation.load(of_seed), updates, pending, grid=grid, progress=report)
 
 
 def merge_stored(run: Run, target: Run, methods: Sequence[str], *, progress: Progress = silent) -> None:
@@ -155,6 +154,7 @@ def merge_by_methods(
     else:
         cells = grid.map(Bench, (examples, list(updates)), methods)
     for done, (method, cell) in enumerate(cells):
+        logger.info("seed %d: '%s' done, %d of %d methods", config.seed, method, done + 1, len(methods))
         progress("methods merged", done + 1, len(methods))
         if isinstance(cell, Failure):
             cell = _failed(config, method, cell.reason)

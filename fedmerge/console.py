@@ -48,8 +48,6 @@ class Console:
         warnings.setLevel(logging.ERROR if self.quiet or self.as_json else logging.WARNING)
         warnings.addFilter(lambda record: record.exc_info is None and record.levelno < logging.ERROR)
         logging.getLogger("fedmerge").addHandler(warnings)
-        for handler in list(logging.getLogger("flwr").handlers):  # its rounds go to the run's log
-            logging.getLogger("flwr").removeHandler(handler)
         self._bars.start()
         return self
 
@@ -57,6 +55,11 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def hush_flower(self) -> None:
+        """Keep Flower's log of its rounds out of the terminal, once Flower is imported; it goes to the run's log."""
+        for handler in [item for item in logging.getLogger("flwr").handlers if type(item).__name__ != "FileHandler"]:
+            logging.getLogger("flwr").removeHandler(handler)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Show how far a task is; a finished one goes away."""

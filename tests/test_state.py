@@ -23,23 +23,26 @@ def complex_state(number: complex) -> dict[str, Tensor]:
     return {"w": torch.tensor([0.0, number], dtype=torch.complex64)}
 
 
-def without(name: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda state: state.pop(name) and None
+Spoil = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
-    return lambda state: state.update({name: tensor})
+def without(*names: str) -> Spoil:
+    return lambda state: {name: tensor for name, tensor in state.items() if name not in names}
 
 
-MALFORMED: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+def put(name: str, tensor: Tensor) -> Spoil:
+    return lambda state: state | {name: tensor}
+
+
+MALFORMED: dict[str, tuple[Spoil, str]] = {
     "a missing key": (without("0.bias"), "the keys differ from the model's 7: missing '0.bias'"),
     "an unknown key": (put("2.bias", torch.zeros(1)), "the keys differ from the model's 7: unknown '2.bias'"),
     "a renamed key": (
-        lambda state: state.update({"bias": state.pop("0.bias")}),
+        lambda state: {name.replace("0.bias", "bias"): tensor for name, tensor in state.items()},
         "the keys differ from the model's 7: missing '0.bias'; unknown 'bias'",
     ),
     "no key": (
-        lambda state: state.clear(),
+        lambda state: {},
         "the keys differ from the model's 7: missing '0.weight', '0.bias', '1.weight' and 4 more",
     ),
     "another shape": (put("0.weight", torch.zeros(4, 2)), "tensor '0.weight' has shape (4, 2), expected (4, 3)"),
@@ -75,8 +78,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
 def test_a_state_that_does_not_fit_is_refused_with_what_was_expected(name: str) -> None:
     spoil, message = MALFORMED[name]
     expected = model_state()
-    state = dict(expected)
-    spoil(state)
+    state = spoil(expected)
     for refuse in (check_state, conform):
         with pytest.raises(MalformedState) as error:
             refuse(state, expected)
