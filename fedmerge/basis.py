@@ -81,12 +81,14 @@ class Linear:
     def write(self, weights: Tensor) -> Tensor:
         """Return Tᵀ W for weights (units, …), computed in float64."""
         matrix = self.matrix.to(weights.device, torch.float64)
-        return torch.tensordot(matrix.T, weights.double(), dims=1).to(weights.dtype)
+        mixed: Tensor = torch.tensordot(matrix.T, weights.double(), dims=1)
+        return mixed.to(weights.dtype)
 
     def read(self, weights: Tensor) -> Tensor:
         """Return (W T⁻ᵀ), whose first dimension here is the units': T⁻¹ W for weights (units, …), in float64."""
         matrix = self.matrix.to(weights.device, torch.float64)
-        return torch.linalg.solve(matrix, weights.double().flatten(1)).reshape(weights.shape).to(weights.dtype)
+        mixed: Tensor = torch.linalg.solve(matrix, weights.double().flatten(1))
+        return mixed.reshape(weights.shape).to(weights.dtype)
 
     def scale(self, weights: Tensor) -> Tensor:
         """Refuse: a diagonal does not stay diagonal.

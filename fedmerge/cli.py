@@ -39,10 +39,13 @@ def main() -> None:
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is not None:
-        settings = {name.replace("-", "_"): value for name, value in read_toml(path).items()}
         names = [parameter.name or "" for parameter in context.command.params]
-        for name in settings:
-            known(f"setting of {path}", name, names)
+        try:
+            settings = {name.replace("-", "_"): value for name, value in read_toml(path).items()}
+            for name in settings:
+                known(f"setting of {path}", name, names)
+        except ConfigurationError as error:
+            raise click.ClickException(str(error)) from error
         context.default_map = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()
         }
@@ -57,42 +60,46 @@ def _output_options(command: Command) -> Command:
     return command
 
 
-def _scenario_options(command: Command) -> Command:
+def _scenario_options(*without: str) -> Callable[[Command], Command]:
     """Give a command a flag for each field of the configuration, and --config, --resume and the output's flags."""
-    command = _output_options(command)
-    command = click.option(
-        "--resume", is_flag=True, help="Go on with the run in --out, with its settings; nothing is trained twice."
-    )(command)
-    for item in reversed(dataclasses.fields(Config)):
-        text = str(item.metadata["help"])
-        if isinstance(item.default, bool):
-            option = click.option(f"{flag(item.name)}/--no-{flag(item.name)[2:]}", default=item.default, help=text)
-        else:
-            kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else type(item.default)
-            option = click.option(
-                flag(item.name), type=kind, default=item.default, show_default=bool(item.default), help=text
-            )
-        command = option(command)
-    return click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        callback=_read_config,
-        is_eager=True,
-        expose_value=False,
-        help="TOML file with the same keys as these flags, without the dashes in front; flags go before it.",
-    )(command)
+
+    def decorate(command: Command) -> Command:
+        command = _output_options(command)
+        if "resume" not in without:
+            text = "Go on with the run in --out, with its settings; nothing is trained twice."
+            command = click.option("--resume", is_flag=True, help=text)(command)
+        for item in reversed([item for item in dataclasses.fields(Config) if item.name not in without]):
+            command = _setting(item)(command)
+        return click.option(
+            "--config",
+            type=click.Path(path_type=Path),
+            callback=_read_config,
+            is_eager=True,
+            expose_value=False,
+            help="TOML file with the same keys as these flags, without the dashes in front; flags go before it.",
+        )(command)
+
+    return decorate
+
+
+def _setting(item: dataclasses.Field[Any]) -> Callable[[Command], Command]:
+    text = str(item.metadata["help"])
+    if isinstance(item.default, bool):
+        return click.option(f"{flag(item.name)}/--no-{flag(item.name)[2:]}", default=item.default, help=text)
+    kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else type(item.default)
+    return click.option(flag(item.name), type=kind, default=item.default, show_default=bool(item.default), help=text)
 
 
 @main.command()
-@_scenario_options
+@_scenario_options()
 @click.pass_context
-def simulate(context: click.Context, resume: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+def simulate(context: click.Context, /, resume: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Run one federation by one method, for one or more rounds, on Ray in this process."""
     with _session(quiet, as_json) as (console, stack):
         from fedmerge.simulation import simulate as simulate_on_ray
 
         console.hush_flower()
-        config, run = _prepare(context, "simulate", flags, resume, stack)
+        config, run = _prepare(context, "simulate", Config(**flags), resume, stack)
         simulate_on_ray(config, run, progress=console.progress, resume=resume)
         console.finish(run)
 
@@ -104,10 +111,10 @@ def simulate(context: click.Context, resume: bool, quiet: bool, as_json: bool, *
 @click.option(
     "--seeds", default="", help="Seeds, separated by commas; clients are trained once for each.  [default: --seed]"
 )
-@_scenario_options
+@_scenario_options()
 @click.pass_context
 def compare(
-    context: click.Context, methods: str, seeds: str, resume: bool, quiet: bool, as_json: bool, **flags: Any
+    context: click.Context, /, methods: str, seeds: str, resume: bool, quiet: bool, as_json: bool, **flags: Any
 ) -> None:
     """Train the clients of a federation once for each seed, and merge them by every method."""
     with _session(quiet, as_json) as (console, stack):
@@ -117,7 +124,7 @@ def compare(
         from fedmerge import compare as comparison
 
         console.hush_flower()
-        config, run = _prepare(context, "compare", flags, resume, stack, **settings)
+        config, run = _prepare(context, "compare", Config(**flags), resume, stack, **settings)
         stored = run.settings
         comparison.compare(config, run, stored["methods"], stored["seeds"], progress=console.progress)
         console.finish(run)
@@ -129,19 +136,15 @@ def compare(
     "--methods", default="", help="ALIGNER+MERGER or MERGER, separated by commas.  [default: --align and --merge]"
 )
 @click.option(
-    "--label-counts-file",
-    "counts_file",
+    "--label-counts",
     type=click.Path(path_type=Path),
-    help="JSON object: images of each class by checkpoint file name.",
+    help="JSON file of checkpoints' data: {FILE NAME: [images of class 0, of class 1, …], …}.",
 )
-@_scenario_options
-@click.pass_context
+@_scenario_options("label_counts", "resume")
 def merge(
-    context: click.Context,
     sources: tuple[Path, ...],
     methods: str,
-    counts_file: Path | None,
-    resume: bool,
+    label_counts: Path | None,
     quiet: bool,
     as_json: bool,
     **flags: Any,
@@ -156,16 +159,17 @@ def merge(
         from fedmerge.runs import Run
 
         console.hush_flower()
-        names = _methods(methods) if methods else _methods(_method(flags["align"], flags["merge"]))
+        names = _methods(methods) if methods else _methods(f"{flags['align']}+{flags['merge']}")
         folders = [path for path in sources if path.is_dir()]
         if folders and len(folders) < len(sources):
             raise ConfigurationError("give run folders, or safetensors files, not both")
         if not folders:
-            config, run = _prepare(
-                context, "merge", flags, resume, stack, methods=names, sources=[str(path) for path in sources]
-            )
-            counts = None if counts_file is None else comparison.read_label_counts(counts_file)
-            comparison.merge_checkpoints(config, run, sources, names, label_counts=counts, progress=console.progress)
+            counts = None if label_counts is None else comparison.read_label_counts(label_counts)
+            config = comparison.checkpoint_config(Config(**flags), len(sources))
+            updates = comparison.read_checkpoints(config, sources, counts)
+            settings = {"methods": names, "sources": [str(path) for path in sources]}
+            run = _new_run("merge", config, stack, settings)
+            comparison.merge_checkpoints(config, run, updates, names, progress=console.progress)
             console.finish(run)
             return
         for folder in folders:
@@ -240,27 +244,36 @@ class _session:
 
 
 def _prepare(
-    context: click.Context, command: str, flags: dict[str, Any], resume: bool, stack: ExitStack, **settings: object
+    context: click.Context, command: str, config: Config, resume: bool, stack: ExitStack, **settings: Any
 ) -> tuple[Config, Run]:
-    """Make the run folder, or open the one to go on with, and lock it."""
+    """Make the run folder once the settings are known to work, or open the one to go on with; lock it."""
     from fedmerge.runs import Run
 
-    config = Config(**flags)
     if resume:
         if not config.out:
             raise ConfigurationError("--resume needs --out, the run folder to go on with")
         run = Run.open(Path(config.out))
         _enter(stack, run)
         return _resumed(context, run, command, config, settings), run
-    _check_names(config)
-    out = Path(config.out) if config.out else _new_folder(command, config)
+    _check(config.replace(seed=settings.get("seeds", [config.seed])[0]))
+    if command == "simulate" and config.merge.partition(":")[0] == "ensemble":
+        raise ConfigurationError("--merge ensemble ends in several models, which no round can start from: use compare")
+    return config, _new_run(command, config, stack, settings)
+
+
+def _new_run(command: str, config: Config, stack: ExitStack, settings: dict[str, Any]) -> Run:
+    from fedmerge.runs import Run
+
+    data = config.data.partition(":")[0]
+    out = Path(config.out or f"runs/{command}-{data}-{datetime.now():%Y%m%d-%H%M%S}")
     run = Run.create(out, command, config, **settings)
     _enter(stack, run)
-    return config, run
+    return run
 
 
-def _check_names(config: Config) -> None:
-    """Find unknown names before anything is written."""
+def _check(config: Config) -> None:
+    """Find out what is wrong before anything is written: names, then data, partition and model."""
+    from fedmerge import federation, models
     from fedmerge.catalogue import parse_method
     from fedmerge.data import DATASETS
     from fedmerge.partition import PARTITIONS
@@ -268,7 +281,13 @@ def _check_names(config: Config) -> None:
     if not config.data.startswith("folder:"):
         known("data set", config.data, [name for name in DATASETS if ":" not in name])
     known("partition", config.partition, PARTITIONS)
-    parse_method(_method(config.align, config.merge))
+    parse_method(f"{config.align}+{config.merge}")
+    examples = federation.load(config)
+    if len(examples.server) == 0:
+        raise ConfigurationError(
+            "--server-examples must be at least 1: merging is learned on images that the server owns"
+        )
+    models.create(config.model, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
 
 
 def _resumed(context: click.Context, run: Run, command: str, config: Config, settings: dict[str, object]) -> Config:
@@ -300,15 +319,6 @@ def _resumed(context: click.Context, run: Run, command: str, config: Config, set
 def _enter(stack: ExitStack, run: Run) -> None:
     stack.enter_context(run.locked())
     stack.enter_context(run.logging())
-
-
-def _new_folder(command: str, config: Config) -> Path:
-    data = config.data.partition(":")[0]
-    return Path("runs") / f"{command}-{data}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _method(align: str, merge: str) -> str:
-    return f"{align}+{merge}"
 
 
 def _methods(text: str) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -95,36 +96,50 @@ def merge_stored(run: Run, target: Run, methods: Sequence[str], *, progress: Pro
         merge_by_methods(of_seed, target, examples, updates, methods, progress=_for_seed(progress, seed))
 
 
-def merge_checkpoints(
-    config: Config,
-    run: Run,
-    paths: Sequence[Path],
-    methods: Sequence[str],
-    *,
-    label_counts: Mapping[str, Sequence[int]] | None = None,
-    progress: Progress = silent,
-) -> None:
-    """Merge safetensors files of one architecture that were trained elsewhere.
+def checkpoint_config(config: Config, count: int) -> Config:
+    """Return the configuration of merging checkpoints: only the server's images matter.
 
     Args:
         config: the architecture, and the data that the server's images are drawn from.
-        run: the run folder, which gets copies of the files, models and results.
+        count: number of checkpoints.
+    """
+    return config.replace(clients=count, partition="iid", client_examples=0, min_completed=count)
+
+
+def read_checkpoints(
+    config: Config, paths: Sequence[Path], label_counts: Mapping[str, Sequence[int]] | None = None
+) -> list[Update]:
+    """Read safetensors files of one architecture that were trained elsewhere.
+
+    Args:
+        config: from `checkpoint_config`.
         paths: the files, one a client, in the clients' order.
-        methods: as in `compare`.
         label_counts: images of each class by file name, or None.
+
+    Raises:
+        MalformedState: if a file does not fit the model.
+    """
+    examples = federation.load(config)
+    expected = _architecture(config, examples).state_dict()
+    num_classes = len(examples.classes)
+    return [_checkpoint(path, place, expected, label_counts, num_classes) for place, path in enumerate(paths)]
+
+
+def merge_checkpoints(
+    config: Config, run: Run, updates: Sequence[Update], methods: Sequence[str], *, progress: Progress = silent
+) -> None:
+    """Merge checkpoints, and keep copies of them in the run folder.
+
+    Args:
+        config: from `checkpoint_config`.
+        run: the run folder.
+        updates: from `read_checkpoints`.
+        methods: as in `compare`.
         progress: called on long work.
     """
-    config = config.replace(clients=len(paths), partition="iid", client_examples=0, min_completed=len(paths))
-    examples = federation.load(config)
-    model = _architecture(config, examples)
-    expected = model.state_dict()
-    updates = [
-        _checkpoint_update(path, partition_id, expected, label_counts, len(examples.classes))
-        for partition_id, path in enumerate(paths)
-    ]
     for update in updates:
         run.save_update(config.seed, 1, update)
-    merge_by_methods(config, run, examples, updates, methods, progress=progress)
+    merge_by_methods(config, run, federation.load(config), updates, methods, progress=progress)
 
 
 def merge_by_methods(
@@ -148,6 +163,7 @@ def merge_by_methods(
         grid: a simulation whose actors merge side by side; None: one method after the other in this process.
         progress: called on long work.
     """
+    cells: Iterable[tuple[str, object]]
     if grid is None:
         bench = Bench(config.to_mapping(), examples, updates, progress)
         cells = ((method, bench.answer(method)) for method in methods)
@@ -156,9 +172,7 @@ def merge_by_methods(
     for done, (method, cell) in enumerate(cells):
         logger.info("seed %d: '%s' done, %d of %d methods", config.seed, method, done + 1, len(methods))
         progress("methods merged", done + 1, len(methods))
-        if isinstance(cell, Failure):
-            cell = _failed(config, method, cell.reason)
-        result, states = cell
+        result, states = _failed(config, method, cell.reason) if isinstance(cell, Failure) else cast("Cell", cell)
         if states:
             run.save_model(config.seed, 1, method, states)
         run.append(result)
@@ -179,7 +193,11 @@ class Bench:
     """
 
     def __init__(
-        self, settings: Mapping[str, Value], examples: Federation, updates: Sequence[Update], progress: Progress = silent
+        self,
+        settings: Mapping[str, Value],
+        examples: Federation,
+        updates: Sequence[Update],
+        progress: Progress = silent,
     ) -> None:
         self.config = Config.from_mapping(settings)
         self.updates = updates
@@ -253,7 +271,7 @@ def _architecture(config: Config, examples: Federation) -> nn.Module:
     return models.create(config.model, shape=shape, num_classes=num_classes, seed=derive(config.seed, "init"))
 
 
-def _checkpoint_update(
+def _checkpoint(
     path: Path,
     partition_id: int,
     expected: StateDict,

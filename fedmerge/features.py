@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedmerge.state import StateDict
-from fedmerge.symmetry import RuleTable, Space, traced
+from fedmerge.symmetry import RuleTable, Space, default_rules, traced
 
 BATCH = 128
 
@@ -43,9 +43,7 @@ def observer(model: nn.Module, spaces: Sequence[Space], *, rules: RuleTable | No
         spaces: its feature spaces.
         rules: the table that the spaces were derived with.
     """
-    if rules is None:
-        from fedmerge.rules import RULES as rules
-    module = traced(model, rules)
+    module = traced(model, default_rules() if rules is None else rules)
     nodes = {node.name: node for node in module.graph.nodes}
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     output.args = (tuple(nodes[space.site.node] for space in spaces),)
@@ -75,7 +73,7 @@ def moments(
     module = observer(model, spaces)
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     sums = [[_Sums(space) for space in spaces] for _ in states]
-    for batch in images.split(BATCH):
+    for batch in torch.split(images, BATCH):
         order = [reference, *(index for index in range(len(states)) if index != reference)]
         kept: list[Tensor] = []
         for index in order:

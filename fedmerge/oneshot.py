@@ -92,7 +92,8 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     ]
     ordered = [replace(update, state=state) for update, state in zip(ordered, states, strict=True)]
     aligner = resolve("aligner", align, ALIGNERS)
-    reference, losses = 0, []
+    reference = 0
+    losses: list[float] = []
     diagnostics: dict[str, Any] = {"aligner": align}
     if align != "identity" and len(ordered) > 1:
         reference, losses = best_client(problem, ordered)

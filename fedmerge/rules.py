@@ -98,11 +98,11 @@ def mean(trace: Trace, node: fx.Node) -> Tensor:
     """A mean or sum over positions."""
     source = _input(node)
     labels = trace.labels(source)
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     keep = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
     if dims is None:
         raise trace.refuse(node, "it averages over all dimensions, the units' included")
-    chosen = sorted({dim % labels.ndim for dim in ([dims] if isinstance(dims, int) else dims)})  # type: ignore[union-attr]
+    chosen = sorted({dim % labels.ndim for dim in ([dims] if isinstance(dims, int) else dims)})
     for dim in chosen:
         if labels.shape[dim] > 1 and labels.stride(dim) != 0:
             raise trace.refuse(node, f"it averages over dimension {dim}, along which the units lie")
@@ -192,7 +192,7 @@ _POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
     *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity),
 )
-_POINTWISE_FUNCTIONS = (
+_POINTWISE_FUNCTIONS: tuple[Any, ...] = (
     *(operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv, operator.neg),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.square),
     *(functional.relu, functional.relu6, functional.leaky_relu, functional.elu, functional.selu, functional.gelu),
@@ -223,7 +223,7 @@ RULES: RuleTable = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm),
     nn.LayerNorm: layer_norm,
     nn.GroupNorm: group_norm,
-    **dict.fromkeys((*_POINTWISE_MODULES, *_POINTWISE_FUNCTIONS, *_POINTWISE_METHODS), pointwise),
+    **dict.fromkeys([*_POINTWISE_FUNCTIONS, *_POINTWISE_MODULES, *_POINTWISE_METHODS], pointwise),
     **dict.fromkeys(_POOLING, pooling),
     **dict.fromkeys((torch.mean, "mean", "sum", torch.sum), mean),
     **dict.fromkeys(_MOVEMENT, movement),

@@ -101,7 +101,7 @@ class Space:
 Rule = Callable[["Trace", fx.Node], Any]
 """What an operation does to units: given the trace and the node, returns the labels of the node's output."""
 
-RuleTable = Mapping[Hashable, Rule]
+RuleTable = Mapping[Any, Rule]
 """Rules by module class, function, or method name."""
 
 FIXED = 0
@@ -331,15 +331,20 @@ def symmetry(model: nn.Module, example: Tensor, *, rules: RuleTable | None = Non
         >>> space.size, [axis.name for axis in space.writers], [axis.name for axis in space.readers]
         (8, ['0.weight', '0.bias'], ['2.weight'])
     """
-    if rules is None:
-        from fedmerge.rules import RULES as rules
     proof = copy.deepcopy(model).cpu().double().eval()
     example = example.detach().cpu().double()
-    trace = Trace(proof, rules)
+    trace = Trace(proof, default_rules() if rules is None else rules)
     trace.run(example)
     spaces = trace.spaces()
     _prove(proof, example, spaces)
     return spaces
+
+
+def default_rules() -> RuleTable:
+    """Return the rules that come with fedmerge."""
+    from fedmerge.rules import RULES  # which are made of this module's types
+
+    return RULES
 
 
 def traced(model: nn.Module, rules: RuleTable) -> fx.GraphModule:

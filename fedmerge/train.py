@@ -35,7 +35,7 @@ class LocalTraining:
         weight_decay: L2 penalty's factor.
     """
 
-    epochs: int = 30
+    epochs: int = 10
     batch_size: int = 32
     lr: float = 0.05
     momentum: float = 0.9
@@ -143,7 +143,9 @@ def predict(model: nn.Module, state: StateDict, images: Tensor) -> Tensor:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return torch.cat([functional_call(model, dict(state), (part,)) for part in images.split(EVALUATION_BATCH)])
+        return torch.cat(
+            [functional_call(model, dict(state), (part,)) for part in torch.split(images, EVALUATION_BATCH)]
+        )
     finally:
         for module, was_training in modes:  # a layer may have been frozen in a model that trains
             module.training = was_training

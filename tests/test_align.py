@@ -102,7 +102,8 @@ def test_a_shuffled_copy_is_aligned_back_exactly(align: str, name: str) -> None:
     found = aligner(align)(problem, [update.state, shuffled(problem, update, 3).state], 0, generator=stream())
     merged = mean_state(found.states)
     ours, mean = (
-        torch.func.functional_call(problem.model, state, (problem.data.images,)) for state in (update.state, merged)
+        torch.func.functional_call(problem.model, dict(state), (problem.data.images,))
+        for state in (update.state, merged)
     )
     torch.testing.assert_close(mean, ours)  # units that are dead on these images may be swapped; nothing else
     if name in ("mlp@0.1", "resnet20@0.25"):  # where none is dead
@@ -170,7 +171,7 @@ def test_two_updates_of_one_client_are_refused() -> None:
 def test_an_untraceable_model_can_still_be_merged_without_alignment() -> None:
     class Odd(TwoLayers):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            hidden = super().forward(images)
+            hidden: torch.Tensor = super().forward(images)  # type: ignore[no-untyped-call]
             return hidden if hidden.sum() > -1e9 else -hidden
 
     problem = Problem(Odd().eval(), Examples(torch.randn(60, *SHAPE), torch.arange(60) % 3))

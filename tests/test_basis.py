@@ -65,7 +65,7 @@ def test_dtypes_are_kept_and_the_input_is_untouched(dtype: torch.dtype) -> None:
 def test_a_dense_change_is_refused_where_weights_act_unit_by_unit() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     spaces = symmetry(model, torch.zeros(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="unit by unit.*fold"):
+    with pytest.raises(ValueError, match=r"unit by unit.*fold"):
         rebase(model.state_dict(), spaces, [Linear(torch.eye(4))])
 
 

@@ -240,7 +240,9 @@ def test_numbers_keep_all_their_digits(number: float) -> None:
 
 def test_a_toml_file_gives_settings(tmp_path: Path) -> None:
     path = tmp_path / "federation.toml"
-    path.write_text('clients = 3\nlr = 1e-2\nlocal-epochs = "1..5"\nlabel-counts = false\ndata = "folder:/data/é"\n', "utf-8")
+    path.write_text(
+        'clients = 3\nlr = 1e-2\nlocal-epochs = "1..5"\nlabel-counts = false\ndata = "folder:/data/é"\n', "utf-8"
+    )
     assert Config.from_mapping(read_toml(path)) == Config(
         clients=3, lr=0.01, local_epochs="1..5", label_counts=False, data="folder:/data/é"
     )

@@ -20,7 +20,8 @@ def features(name: str, state: dict[str, Tensor], images: Tensor, space: Space) 
         interpreter.run(images)
     (node,) = (node for node in graph.graph.nodes if node.name == space.site.node)
     value = interpreter.env[node].movedim(space.site.dim, -1)
-    return value.reshape(-1, value.shape[-1])[:, list(space.site.index)].double()
+    rows: Tensor = value.reshape(-1, value.shape[-1])[:, list(space.site.index)]
+    return rows.double()
 
 
 @pytest.mark.parametrize("name", ["mlp@0.1", "cnn@0.1", "resnet20@0.25"])

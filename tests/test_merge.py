@@ -35,7 +35,7 @@ def stream() -> torch.Generator:
 @pytest.mark.parametrize("name", MERGERS)
 class TestEveryMerger:
     def test_keys_shapes_and_dtypes_are_kept_and_inputs_untouched(self, name: str) -> None:
-        problem = problem_of("resnet20@0.25")
+        problem = problem_of("resnet20@0.25", server_examples=20)
         updates = trained("resnet20@0.25")
         before = [{key: tensor.clone() for key, tensor in update.state.items()} for update in updates]
         weights = {key: tensor.clone() for key, tensor in problem.model.state_dict().items()}
@@ -60,7 +60,7 @@ class TestEveryMerger:
         assert first.diagnostics == second.diagnostics
 
     def test_integer_buffers_are_integers_of_a_client(self, name: str) -> None:
-        problem, updates = problem_of("resnet20@0.25"), trained("resnet20@0.25", 2)
+        problem, updates = problem_of("resnet20@0.25", server_examples=20), trained("resnet20@0.25", 2)
         for update in updates:
             update.state["1.num_batches_tracked"].fill_(3 + 4 * update.partition_id)
         for state in merger(name)(problem, updates, generator=stream()).states:
@@ -97,7 +97,7 @@ def test_one_model_is_returned_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["fedavg", "mean", "np", "np-pairwise", "best-client"])
 @pytest.mark.parametrize("architecture", ["mlp@0.1", "resnet20@0.25"])
 def test_equal_models_merge_to_themselves(name: str, architecture: str) -> None:
-    problem = problem_of(architecture)
+    problem = problem_of(architecture, server_examples=60 if architecture.startswith("mlp") else 20)
     (update,) = trained(architecture, 1)
     copies = [replace(update, partition_id=index, num_examples=index + 1) for index in range(3)]
     found = merger(name)(problem, copies, generator=stream()).state
@@ -214,7 +214,8 @@ def doubles(count: int) -> tuple[Problem, list[dict[str, Tensor]]]:
 
 
 def oracle_batches(problem: Problem, steps: int, seed: int) -> list[Examples]:
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Examples] = []
     while len(found) < steps:
         found += [problem.data[index] for index in batches(len(problem.data), problem.batch_size, generator)]
     return found[:steps]
@@ -254,7 +255,7 @@ def test_affine_coefficients_equal_autograd_through_the_merge(groups: str, count
     def merged() -> dict[str, Tensor]:
         spread = oracle if groups != "model" else [oracle[0].reshape(-1, *[1] * mean[key].ndim) for key in mean]
         alpha = {key: 1 / count + beta - beta.mean(0) for key, beta in zip(mean, spread, strict=True)}
-        return {key: sum(a * state[key] for a, state in zip(alpha[key], states, strict=True)) for key in mean}  # type: ignore[misc]
+        return {key: sum(a * state[key] for a, state in zip(alpha[key], states, strict=True)) for key in mean}
 
     for batch in oracle_batches(problem, 25, seed=2):
         optimizer.zero_grad()

@@ -79,7 +79,7 @@ def test_the_width_scales_the_hidden_layers(width: str, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_is_four_times_as_large_at_twice_the_width(name: str) -> None:
+def test_doubling_the_width_makes_a_model_nearly_four_times_as_large(name: str) -> None:
     with torch.device("meta"):
         sizes = [parameters(create(f"{name}@{width}", shape=COLOUR, num_classes=10, seed=0)) for width in (1, 2, 4)]
     assert 1.9 < sizes[1] / sizes[0] < 4.1
@@ -108,23 +108,31 @@ def test_the_seed_alone_decides_the_weights(name: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("resnet18", GREY), ("mobilenet_v2", (4, 32, 32)), ("squeezenet1_1", COLOUR)]
+    ("name", "shape"), [("resnet18", GREY), ("mobilenet_v2", (4, 32, 32)), ("squeezenet1_1", (2, 32, 32))]
 )
 def test_torchvisions_models_take_any_channels_and_classes(name: str, shape: Shape) -> None:
-    model = create(name, shape=shape, num_classes=7, seed=0)
+    model, colour = (create(name, shape=size, num_classes=7, seed=0) for size in (shape, COLOUR))
     with torch.no_grad():
         assert model(torch.zeros(2, *shape)).shape == (2, 7)
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     assert first.in_channels == shape[0]
+    weights_a_channel = first.weight[:, 0].numel()
+    assert parameters(colour) - parameters(model) == (3 - shape[0]) * weights_a_channel
 
 
 @pytest.mark.slow
 def test_every_classification_model_of_torchvision_takes_one_channel_and_seven_classes() -> None:
     from torchvision import models as zoo
 
-    for name in zoo.list_models(module=zoo):
-        with torch.device("meta"):
-            create(name, shape=(1, 299, 299) if name == "inception_v3" else (1, 224, 224), num_classes=7, seed=0)
+    names = zoo.list_models(module=zoo)
+    assert len(names) >= 80
+    for name in names:
+        shape = (1, 299, 299) if name == "inception_v3" else (1, 224, 224)
+        if not name.startswith("regnet"):
+            with torch.device("meta"):
+                create(name, shape=shape, num_classes=7, seed=0)
+        elif name.endswith("_400mf"):  # RegNets compute their widths with tensors, and differ in them alone
+            create(name, shape=shape, num_classes=7, seed=0)
 
 
 def test_a_users_factory_gets_the_shape_and_the_classes(write: Write) -> None:
@@ -162,7 +170,10 @@ def test_a_users_model_that_draws_in_its_forward_pass_draws_nothing_from_torchs_
         ("return nn.Linear('a', 2)", "cannot be built for 1×8×8 images: "),
         ("return nn.Flatten()", r"must give logits \(images, 5\), it gave \(2, 64\) for 2 images"),
         ("return nn.Identity()", r"must give logits \(images, 5\), it gave \(2, 1, 8, 8\) for 2 images"),
-        ("return nn.Sequential(nn.Flatten(0), nn.Linear(128, 10))", r"must give logits \(images, 5\), it gave \(10,\) for 2 images"),
+        (
+            "return nn.Sequential(nn.Flatten(0), nn.Linear(128, 10))",
+            r"must give logits \(images, 5\), it gave \(10,\) for 2 images",
+        ),
         ("return nn.LSTM(8, 8)", "cannot take 1×8×8 images: "),
         ("return nn.Linear(3, 3)", "cannot take 1×8×8 images: .*shapes cannot be multiplied"),
         ("return nn.Bilinear(2, 2, 2)", r"cannot take 1×8×8 images: .*missing 1 required"),
@@ -203,7 +214,9 @@ def test_a_model_that_gives_more_than_logits_is_refused(write: Write) -> None:
         create(name, shape=TINY, num_classes=5, seed=0)
 
 
-@pytest.mark.parametrize("name", ["no_such_package.module:make", "math:make", ":make", "math:", "fedmerge.models:creat"])
+@pytest.mark.parametrize(
+    "name", ["no_such_package.module:make", "math:make", ":make", "math:", "fedmerge.models:creat"]
+)
 def test_a_factory_that_cannot_be_imported_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^--model {name}: cannot import .*expected package.module:function"):
         create(name, shape=TINY, num_classes=5, seed=0)
@@ -211,7 +224,9 @@ def test_a_factory_that_cannot_be_imported_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("width", ["0", "-1", "a", "", "nan", "inf", "1000", "2@3"])
 def test_a_width_that_is_no_scale_is_refused(width: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"--model mlp@{width}: the width .* between 0 and 1000, got '{width}'"):
+    with pytest.raises(
+        ConfigurationError, match=rf"--model mlp@{width}: the width .* between 0 and 1000, got '{width}'"
+    ):
         create(f"mlp@{width}", shape=TINY, num_classes=5, seed=0)
 
 
@@ -219,7 +234,9 @@ def test_a_width_that_is_no_scale_is_refused(width: str) -> None:
     ("name", "near"), [("resnet2", "resnet20"), ("resnt18", "resnet18"), ("vgg-11-bn", "vgg11-bn"), ("lenet", "lenet5")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"unknown model '{name}'; did you mean '{near}'\? Known: mlp, lenet5"):
+    with pytest.raises(
+        ConfigurationError, match=rf"unknown model '{name}'; did you mean '{near}'\? Known: mlp, lenet5"
+    ):
         create(name, shape=COLOUR, num_classes=5, seed=0)
 
 
@@ -228,9 +245,7 @@ def test_torchvisions_models_have_one_width() -> None:
         create("resnet18@2", shape=COLOUR, num_classes=5, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("cnn", (1, 3, 3)), ("lenet5", (1, 3, 3)), ("alexnet", (3, 32, 32))]
-)
+@pytest.mark.parametrize(("name", "shape"), [("cnn", (1, 3, 3)), ("lenet5", (1, 3, 3)), ("alexnet", (3, 32, 32))])
 def test_images_that_are_too_small_are_refused_with_their_size(name: str, shape: Shape) -> None:
     size = "×".join(map(str, shape))
     with pytest.raises(ConfigurationError, match=rf"^--model {name} cannot (be built for|take) {size} images: "):

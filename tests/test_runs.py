@@ -74,7 +74,9 @@ def test_a_new_run_may_take_an_empty_folder_and_makes_those_above(tmp_path: Path
         assert Run.create(path, "simulate", Config()).config == Config()
 
 
-def test_a_relative_folder_stays_the_same_when_the_process_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_folder_stays_the_same_when_the_process_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = Run.create(Path("run"), "simulate", Config())
     monkeypatch.chdir("/")
@@ -100,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, below: str) 
 
 def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(RunError, match="is not a run folder: it has no config.json"):
+        with pytest.raises(RunError, match=r"is not a run folder: it has no config\.json"):
             Run.open(path)
     assert issubclass(RunError, FedmergeError)
 
@@ -147,9 +149,8 @@ def test_a_second_process_is_refused_until_the_first_one_ends_however_it_ends(ru
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(RunError, match="another process is writing into .*: wait for it, or give another --out"):
-            with run.locked():
-                pytest.fail("two processes had the lock")
+        with pytest.raises(RunError, match=r"another process is writing into .*: wait for it, or give"), run.locked():
+            pytest.fail("two processes had the lock")
         holder.kill()
         holder.wait()
         with run.locked():

@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return inputs if inputs.sum() > 0 else -inputs
 
-    with pytest.raises(UnsupportedOperation, match="torch.fx cannot trace Branching"):
+    with pytest.raises(UnsupportedOperation, match=r"torch\.fx cannot trace Branching"):
         symmetry(Branching(), torch.zeros(1, 2))
 
 

@@ -1,0 +1,247 @@
+"""Who may import whom: mathematics below plumbing below the command; Flower and Ray in few places.
+
+The files are read, not run, so imports inside functions count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmerge.catalogue import ALIGNERS, MERGERS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fedmerge"
+
+LAYERS: dict[str, frozenset[str]] = {
+    "mathematics": frozenset(
+        [
+            "errors",
+            "seeds",
+            "state",
+            "symmetry",
+            "rules",
+            "basis",
+            "features",
+            "problem",
+            "train",
+            "calibrate",
+            "oneshot",
+            "align",
+            "align.activations",
+            "align.auto",
+            "align.identity",
+            "merge",
+            "merge.average",
+            "merge.best",
+            "merge.descent",
+            "merge.ensemble",
+            "merge.finetune",
+            "merge.nonuniform",
+        ]
+    ),
+    "plumbing": frozenset(
+        [
+            "config",
+            "catalogue",
+            "data",
+            "datafiles",
+            "partition",
+            "federation",
+            "models",
+            "wire",
+            "flower",
+            "client",
+            "strategy",
+            "server",
+            "recording",
+            "cluster",
+            "actors",
+            "simulation",
+            "runs",
+            "results",
+            "compare",
+            "summary",
+            "tables",
+            "words",
+            "figures",
+            "report",
+        ]
+    ),
+    "command": frozenset(["__init__", "__main__", "cli", "console"]),
+}
+ORDER = list(LAYERS)
+
+UPWARD = {("oneshot", "catalogue")}
+"""The one import against the order: one shot finds its aligner and merger by name. Both modules behind it are light."""
+
+LIGHT = ("catalogue", "config", "errors")
+
+OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
+ONLY_IN = {
+    "flwr": {"wire", "flower", "client", "strategy", "server", "recording", "simulation"},
+    "ray": {"cluster", "actors", "simulation"},
+    "flwr_datasets": {"partition"},
+    "torchvision": {"data", "datafiles", "models"},
+    "sklearn": {"data"},
+    "matplotlib": {"figures", "report"},
+    "jinja2": {"report"},
+    "rich": {"console", "tables"},
+    "click": {"cli"},
+    "filelock": {"datafiles", "runs"},
+}
+BROUGHT = {"ray": "flwr", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
+"""Packages that no requirement names, and the declared dependency whose interface they are a part of."""
+
+HEAVY = "torch numpy scipy ray flwr flwr_datasets torchvision sklearn matplotlib safetensors jinja2"
+
+APPS = sorted(path for folder in ("clients", "server") for path in (ROOT / folder).rglob("*.py"))
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules by their name below it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere, absolute, `from package import name` as package.name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (item.name for item in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{item.name}" for item in node.names)
+
+
+def own(path: Path) -> set[str]:
+    """The package's modules that a file imports."""
+    found = set()
+    for name in imports(path):
+        if name.split(".")[0] == "fedmerge":
+            below = name.split(".")[1:]
+            while below and ".".join(below) not in MODULES:
+                below.pop()
+            found.add(".".join(below) or "__init__")
+    return found
+
+
+def foreign(path: Path) -> set[str]:
+    """The third-party packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"fedmerge"}
+
+
+def layer(name: str) -> str:
+    (found,) = (layer for layer, names in LAYERS.items() if name in names)
+    return found
+
+
+def test_the_reader_sees_imports_of_every_form(tmp_path: Path) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(
+        "import os, ray.util as r\nfrom fedmerge import config, __version__\nfrom fedmerge.merge import best\n"
+        "from fedmerge.state import StateDict\n\ndef late():\n    from torch.nn import functional\n"
+    )
+    assert foreign(path) == {"ray", "torch"}
+    assert own(path) == {"config", "__init__", "merge.best", "state"}
+
+
+def test_every_module_is_in_exactly_one_layer() -> None:
+    assert sorted(name for names in LAYERS.values() for name in names) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_from_its_own_layer_and_those_below(name: str) -> None:
+    above = {
+        other
+        for other in own(MODULES[name])
+        if ORDER.index(layer(other)) > ORDER.index(layer(name))
+        and (name, other) not in UPWARD
+        # the command's version stands in the package's contents page
+        and not (other == "__init__" and name == "cli")
+    }
+    assert not above, f"fedmerge.{name} ({layer(name)}) must not import {sorted(above)}"
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS["mathematics"]))
+def test_mathematics_imports_numerical_libraries_alone(name: str) -> None:
+    assert foreign(MODULES[name]) <= OF_MATHEMATICS
+
+
+def test_the_exception_is_used_and_brings_no_library_into_the_mathematics() -> None:
+    for name, other in UPWARD:
+        assert other in own(MODULES[name]), "an exception that is not needed"
+    for name in LIGHT:
+        assert own(MODULES[name]) <= set(LIGHT)
+        assert foreign(MODULES[name]) <= {"tomli"}
+
+
+def test_the_catalogue_names_mathematics_alone() -> None:
+    for entry in (*ALIGNERS.values(), *MERGERS.values()):
+        package, _, name = entry.target.partition(":")[0].partition(".")
+        assert package == "fedmerge"
+        assert layer(name) == "mathematics"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_imported_where_it_belongs_alone(library: str) -> None:
+    assert {name for name, path in MODULES.items() if library in foreign(path)} <= ONLY_IN[library]
+
+
+def test_no_module_of_the_package_imports_the_flower_app() -> None:
+    for name, path in MODULES.items():
+        assert not {"clients", "server", "experiments", "benchmarks", "tests"} & foreign(path), name
+
+
+def test_the_flower_app_imports_the_package_and_flower_alone() -> None:
+    assert len(APPS) == 4
+    for path in APPS:
+        assert foreign(path) <= {"flwr"}, path
+
+
+def test_the_libraries_that_are_imported_are_the_declared_dependencies() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project: dict[str, Any] = tomllib.load(file)["project"]
+    names = {text.split(";")[0].split("[")[0].split(">")[0].split("<")[0].strip() for text in project["dependencies"]}
+    assert set(BROUGHT.values()) <= names
+    declared = {{"scikit-learn": "sklearn"}.get(name, name).replace("-", "_") for name in names}
+    used = set().union(*(foreign(path) for path in (*MODULES.values(), *APPS)))
+    assert used == declared | set(BROUGHT)
+
+
+@pytest.mark.parametrize(
+    "code", ["import fedmerge", "import fedmerge.cli", "import fedmerge.config, fedmerge.catalogue"]
+)
+def test_the_command_starts_without_heavy_libraries(code: str) -> None:
+    code += f"; import sys; print(*sorted(set('{HEAVY}'.split()) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout.split() == []
+
+
+def test_importing_the_command_prints_nothing_and_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from fedmerge.cli import main; main(['compare', '--help'], standalone_mode=False); "
+        f"assert not set('{HEAVY}'.split()) & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--server-examples" in done.stdout
