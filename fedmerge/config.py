@@ -58,7 +58,7 @@ class Config:
     min_client_examples: int = _option(10, "images that every client has at least")
     init: str = _option("independent", "clients start from 'independent' initialisations or from one 'shared' one")
     local_epochs: str = _option(
-        "30", "passes over its data that a client trains: N, or LOW..HIGH drawn for each client"
+        "10", "passes over its data that a client trains: N, or LOW..HIGH drawn for each client"
     )
     batch_size: int = _option(32, "images in a batch, at the clients and at the server")
     lr: float = _option(0.05, "the clients' learning rate (SGD, cosine decay to 0)")
