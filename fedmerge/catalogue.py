@@ -57,6 +57,13 @@ MERGERS: Mapping[str, Entry] = {
 }
 
 
+METHODS = (
+    *("fedavg", "mean", "best-client", "ensemble", "server-only", "finetune", "best-client-finetune"),
+    *("activations+mean", "activations+finetune", "np", "activations+np-pairwise", "activations+np"),
+)
+"""The methods that are compared by default: the controls, then ours."""
+
+
 def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
     """Return the algorithm that a name with options stands for.
 

@@ -322,8 +322,7 @@ def _enter(stack: ExitStack, run: Run) -> None:
 
 
 def _methods(text: str) -> list[str]:
-    from fedmerge.catalogue import method_name, parse_method
-    from fedmerge.compare import METHODS
+    from fedmerge.catalogue import METHODS, method_name, parse_method
 
     given: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()] if text else METHODS
     return list(dict.fromkeys(method_name(*parse_method(name)) for name in given))

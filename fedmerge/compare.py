@@ -30,13 +30,6 @@ from fedmerge.state import MalformedState, StateDict, conform, num_bytes, read_c
 
 logger = logging.getLogger(__name__)
 
-METHODS = (
-    *("fedavg", "mean", "best-client", "ensemble", "server-only", "finetune", "best-client-finetune"),
-    *("activations+mean", "activations+finetune", "np", "activations+np-pairwise", "activations+np"),
-)
-"""The methods that are compared by default: the controls, then ours."""
-
-
 def compare(
     config: Config,
     run: Run,

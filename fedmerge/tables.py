@@ -25,7 +25,7 @@ def text_table(rows: Sequence[Row], baseline: str = BASELINE) -> Table:
 
     best = best_single_model(rows)
     headings, lines = _cells(rows, baseline)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, caption_justify="left")
     table.add_column(headings[0], overflow="fold")
     for heading in headings[1:]:
         table.add_column(Text(heading.replace(" ", "\n")), justify="right", no_wrap=True)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedmerge.catalogue import METHODS
 from fedmerge.config import Config
 from fedmerge.summary import BASELINE, Difference, Row, best_single_model, paired_differences
 from fedmerge.tables import clean, percent, signed
@@ -23,6 +24,8 @@ def repeat_command(settings: Mapping[str, Any]) -> str:
     """
     options: dict[str, Any] = dict(Config.from_mapping(settings["config"]).to_mapping(changed_only=True))
     lists = {name: settings[name] for name in ("methods", "seeds") if settings.get(name)}
+    if lists.get("methods") == list(METHODS):
+        del lists["methods"]
     words = ["fedmerge", settings["command"]]
     for name, value in {**options, **lists}.items():
         if name == "out" or (name == "seed" and "seeds" in lists):
