@@ -11,10 +11,11 @@ _HOMES = {
     "fedmerge.problem": ("Aligner", "Examples", "Merged", "Merger", "Problem", "Update"),
     "fedmerge.oneshot": ("Outcome", "align_updates", "merge_aligned", "merge_updates"),
     # symmetry
-    "fedmerge.symmetry": ("Axis", "Site", "Space", "UnsupportedOperation", "symmetry"),
+    "fedmerge.spaces": ("Axis", "Site", "Space", "UnsupportedOperation"),
     "fedmerge.basis": ("Linear", "Permutation", "rebase"),
     # running a federation
-    "fedmerge.config": ("Config", "ConfigurationError"),
+    "fedmerge.config": ("Config",),
+    "fedmerge.settings": ("ConfigurationError",),
     "fedmerge.runs": ("Run", "RunError"),
     "fedmerge.strategy": ("OneShotMerge",),
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.cluster import Resources, room, running_ray, shorten
-from fedmerge.config import ConfigurationError
+from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
 

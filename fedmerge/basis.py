@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedmerge.spaces import Axis, Space
 from fedmerge.state import StateDict
-from fedmerge.symmetry import Axis, Space
 
 
 class BasisChange(Protocol):
@@ -118,7 +118,7 @@ def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisCha
             act unit by unit.
 
     Example:
-        >>> from fedmerge.symmetry import Site
+        >>> from fedmerge.spaces import Site
         >>> space = Space(2, (Axis("a", 0),), (Axis("b", 1),), (), Site("relu", 1, (0, 1)))
         >>> state = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0, 4.0]])}
         >>> rebase(state, [space], [Permutation(torch.tensor([1, 0]))])

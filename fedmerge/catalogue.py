@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fedmerge.config import ConfigurationError, convert, known
+from fedmerge.settings import ConfigurationError, convert, known
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
         option = option.replace("-", "_")
         if not equals:
             raise ConfigurationError(f"{kind} '{text}': expected KEY=VALUE after ':', got '{setting}'")
-        known(f"option of {kind} '{name}'", option, names)
+        known(f"option of {kind} '{name}'", option, [item for item in names if item not in entry.options])
         options[option] = _value(f"{kind} '{name}', option {option},", value, types[option])
     try:
         return algorithm(**options)

@@ -7,24 +7,20 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fedmerge import __version__
-from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, ConfigurationError, flag, known, read_toml
+from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
+from fedmerge.settings import ConfigurationError, flag, known
 
 if TYPE_CHECKING:
     from fedmerge.console import Console
-    from fedmerge.runs import Run
 
 CHOICES = {"init": INITIALISATIONS, "split": SPLITS, "upload_dtype": UPLOAD_DTYPES}
-MACHINE = ("out", "ray_address", "client_cpus", "client_gpus", "timeout")
-"""Settings that change where a run happens and not what it computes: `--resume` may change them."""
-
 Command = Callable[..., None]
 
 
@@ -96,10 +92,11 @@ def _setting(item: dataclasses.Field[Any]) -> Callable[[Command], Command]:
 def simulate(context: click.Context, /, resume: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Run one federation by one method, for one or more rounds, on Ray in this process."""
     with _session(quiet, as_json) as (console, stack):
+        from fedmerge.preparation import prepare
         from fedmerge.simulation import simulate as simulate_on_ray
 
         console.hush_flower()
-        config, run = _prepare(context, "simulate", Config(**flags), resume, stack)
+        config, run = prepare(context, "simulate", Config(**flags), resume, stack)
         simulate_on_ray(config, run, progress=console.progress, resume=resume)
         console.finish(run)
 
@@ -122,9 +119,10 @@ def compare(
             raise ConfigurationError("compare merges one round of training by many methods: use simulate for --rounds")
         settings = {"methods": _methods(methods), "seeds": _seeds(seeds, flags["seed"])}
         from fedmerge import compare as comparison
+        from fedmerge.preparation import prepare
 
         console.hush_flower()
-        config, run = _prepare(context, "compare", Config(**flags), resume, stack, **settings)
+        config, run = prepare(context, "compare", Config(**flags), resume, stack, **settings)
         stored = run.settings
         comparison.compare(config, run, stored["methods"], stored["seeds"], progress=console.progress)
         console.finish(run)
@@ -156,6 +154,7 @@ def merge(
     """
     with _session(quiet, as_json) as (console, stack):
         from fedmerge import compare as comparison
+        from fedmerge.preparation import enter, new_run
         from fedmerge.runs import Run
 
         console.hush_flower()
@@ -168,7 +167,7 @@ def merge(
             config = comparison.checkpoint_config(Config(**flags), len(sources))
             updates = comparison.read_checkpoints(config, sources, counts)
             settings = {"methods": names, "sources": [str(path) for path in sources]}
-            run = _new_run("merge", config, stack, settings)
+            run = new_run("merge", config, stack, settings)
             comparison.merge_checkpoints(config, run, updates, names, progress=console.progress)
             console.finish(run)
             return
@@ -181,7 +180,7 @@ def merge(
                     name: value for name, value in run.settings.items() if name not in ("command", "config", "versions")
                 }
                 target = Run.create(out, "merge", run.config, **settings | {"methods": names, "sources": [str(folder)]})
-            _enter(stack, target)
+            enter(stack, target)
             comparison.merge_stored(run, target, names, progress=console.progress)
             console.finish(target)
 
@@ -241,84 +240,6 @@ class _session:
             raise click.ClickException(str(error)) from error
         if error is None and self.console.failed:
             sys.exit(1)
-
-
-def _prepare(
-    context: click.Context, command: str, config: Config, resume: bool, stack: ExitStack, **settings: Any
-) -> tuple[Config, Run]:
-    """Make the run folder once the settings are known to work, or open the one to go on with; lock it."""
-    from fedmerge.runs import Run
-
-    if resume:
-        if not config.out:
-            raise ConfigurationError("--resume needs --out, the run folder to go on with")
-        run = Run.open(Path(config.out))
-        _enter(stack, run)
-        return _resumed(context, run, command, config, settings), run
-    _check(config.replace(seed=settings.get("seeds", [config.seed])[0]))
-    if command == "simulate" and config.merge.partition(":")[0] == "ensemble":
-        raise ConfigurationError("--merge ensemble ends in several models, which no round can start from: use compare")
-    return config, _new_run(command, config, stack, settings)
-
-
-def _new_run(command: str, config: Config, stack: ExitStack, settings: dict[str, Any]) -> Run:
-    from fedmerge.runs import Run
-
-    data = config.data.partition(":")[0]
-    out = Path(config.out or f"runs/{command}-{data}-{datetime.now():%Y%m%d-%H%M%S}")
-    run = Run.create(out, command, config, **settings)
-    _enter(stack, run)
-    return run
-
-
-def _check(config: Config) -> None:
-    """Find out what is wrong before anything is written: names, then data, partition and model."""
-    from fedmerge import federation, models
-    from fedmerge.catalogue import parse_method
-    from fedmerge.data import DATASETS
-    from fedmerge.partition import PARTITIONS
-
-    if not config.data.startswith("folder:"):
-        known("data set", config.data, [name for name in DATASETS if ":" not in name])
-    known("partition", config.partition, PARTITIONS)
-    parse_method(f"{config.align}+{config.merge}")
-    examples = federation.load(config)
-    if len(examples.server) == 0:
-        raise ConfigurationError(
-            "--server-examples must be at least 1: merging is learned on images that the server owns"
-        )
-    models.create(config.model, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
-
-
-def _resumed(context: click.Context, run: Run, command: str, config: Config, settings: dict[str, object]) -> Config:
-    """Return the stored configuration with this call's machine settings; other settings must not differ."""
-    stored = run.settings
-    if stored["command"] != command:
-        raise ConfigurationError(f"{run.path} was made by 'fedmerge {stored['command']}', not by 'fedmerge {command}'")
-    given = {
-        name
-        for name in context.params
-        if context.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
-    }
-    result = run.config
-    for item in dataclasses.fields(Config):
-        ours, theirs = getattr(config, item.name), getattr(result, item.name)
-        if item.name in given and ours != theirs:
-            if item.name not in MACHINE:
-                raise ConfigurationError(
-                    f"{flag(item.name)} is {ours!r}, but the run in {run.path} has {theirs!r}: leave it out to go on, "
-                    "or give another --out"
-                )
-            result = result.replace(**{item.name: ours})
-    for name, value in settings.items():
-        if name in given and value != stored.get(name):
-            raise ConfigurationError(f"--{name} differs from the run's in {run.path}: leave it out to go on")
-    return result
-
-
-def _enter(stack: ExitStack, run: Run) -> None:
-    stack.enter_context(run.locked())
-    stack.enter_context(run.logging())
 
 
 def _methods(text: str) -> list[str]:

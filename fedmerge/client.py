@@ -19,11 +19,12 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedmerge import federation, models
-from fedmerge.config import Config, ConfigurationError
+from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_FAILED
 from fedmerge.problem import Examples, Update
 from fedmerge.seeds import derive, generator
+from fedmerge.settings import ConfigurationError
 from fedmerge.state import StateDict, num_bytes
 from fedmerge.train import Evaluation, LocalTraining, evaluate, fit
 from fedmerge.wire import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmerge.config import ConfigurationError
+from fedmerge.settings import ConfigurationError
 
 LONGEST_REASON = 600
 

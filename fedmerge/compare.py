@@ -19,16 +19,19 @@ from fedmerge import federation, models, results
 from fedmerge.actors import Failure
 from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device, num_threads
-from fedmerge.config import Config, ConfigurationError, Value
+from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.oneshot import Alignment, align_updates, merge_aligned
 from fedmerge.problem import Problem, Progress, Update, silent
+from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
 from fedmerge.seeds import derive
-from fedmerge.simulation import RayGrid, simulation, train_clients
+from fedmerge.settings import ConfigurationError, Value
+from fedmerge.simulation import simulation, train_clients
 from fedmerge.state import MalformedState, StateDict, conform, num_bytes, read_checkpoint
 
 logger = logging.getLogger(__name__)
+
 
 def compare(
     config: Config,

@@ -6,32 +6,24 @@ The command's flags, the TOML keys, Flower's run configuration and `config.json`
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedmerge.errors import FedmergeError
+from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Value = bool | int | float | str
-
 INITIALISATIONS = ("independent", "shared")
 SPLITS = ("test", "development")
 UPLOAD_DTYPES = ("float32", "float16")
-
-
-class ConfigurationError(FedmergeError, ValueError):
-    """A setting that cannot be used, with what was expected and what to do."""
 
 
 def _option(default: Value, text: str) -> Any:
@@ -149,7 +141,7 @@ class Config:
         values: dict[str, Any] = {}
         for name, value in mapping.items():
             attribute = name.replace("-", "_")
-            known("setting", attribute, types)
+            known("setting", key(attribute), map(key, types))
             values[attribute] = convert(flag(attribute), value, types[attribute])
         return cls(**values)
 
@@ -169,72 +161,3 @@ def read_toml(path: Path) -> dict[str, object]:
         raise ConfigurationError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from error
-
-
-def known(what: str, name: str, names: Iterable[str]) -> None:
-    """Raise unless `name` is one of `names`, suggesting the nearest.
-
-    Args:
-        what: what is named, for the message ("data set", "--init").
-        name: the name that came.
-        names: the names that exist.
-
-    Raises:
-        ConfigurationError: names what exists.
-
-    Example:
-        >>> known("data set", "fashon-mnist", ["digits", "fashion-mnist"])
-        Traceback (most recent call last):
-        fedmerge.config.ConfigurationError: unknown data set 'fashon-mnist'; did you mean 'fashion-mnist'? \
-Known: digits, fashion-mnist
-    """
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ConfigurationError(f"unknown {what} '{name}'; {hint}Known: {', '.join(names)}")
-
-
-def key(name: str) -> str:
-    """Return a field's key in TOML: dashes for underscores."""
-    return name.replace("_", "-")
-
-
-def flag(name: str) -> str:
-    """Return a field's flag on the command line."""
-    return "--" + key(name)
-
-
-def convert(what: str, value: object, kind: type) -> Value:
-    """Return a setting in its declared type; text may stand for numbers and truth values.
-
-    Args:
-        what: the setting, for the message.
-        value: what came.
-        kind: bool, int, float or str.
-
-    Raises:
-        ConfigurationError: if it cannot be converted without loss.
-    """
-    expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
-    error = ConfigurationError(f"{what} must be {expected}, got {value!r}")
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise error
-    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool) and kind is not str:
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            raise error from None
-        if math.isfinite(number):
-            if kind is float:
-                return number
-            exact = Decimal(value)  # a float has no room for the digits of a large seed
-            if exact == int(exact):
-                return int(exact)
-    raise error

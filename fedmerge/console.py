@@ -42,12 +42,14 @@ class Console:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Console:
-        logging.getLogger("fedmerge").setLevel(logging.INFO)
-        logging.getLogger("fedmerge").propagate = False
-        warnings = logging.StreamHandler()
-        warnings.setLevel(logging.ERROR if self.quiet or self.as_json else logging.WARNING)
-        warnings.addFilter(lambda record: record.exc_info is None and record.levelno < logging.ERROR)
-        logging.getLogger("fedmerge").addHandler(warnings)
+        ours = logging.getLogger("fedmerge")
+        self._before = ours.level, ours.propagate
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        self._warnings = logging.StreamHandler()
+        self._warnings.setLevel(logging.ERROR if self.quiet or self.as_json else logging.WARNING)
+        self._warnings.addFilter(lambda record: record.exc_info is None and record.levelno < logging.ERROR)
+        ours.addHandler(self._warnings)
         self._bars.start()
         return self
 
@@ -55,6 +57,9 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        ours = logging.getLogger("fedmerge")
+        ours.removeHandler(self._warnings)
+        ours.level, ours.propagate = self._before
 
     def hush_flower(self) -> None:
         """Keep Flower's log of its rounds out of the terminal, once Flower is imported; it goes to the run's log."""

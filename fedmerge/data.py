@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedmerge import datafiles
-from fedmerge.config import ConfigurationError, known
 from fedmerge.datafiles import Part, Raw
 from fedmerge.partition import stratified_sample
 from fedmerge.problem import Examples
 from fedmerge.seeds import generator
+from fedmerge.settings import ConfigurationError, known
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder

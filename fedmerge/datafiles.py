@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fedmerge.config import ConfigurationError
+from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
 

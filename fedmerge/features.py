@@ -10,8 +10,10 @@ from jaxtyping import Float64
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from fedmerge.rules import RULES
+from fedmerge.spaces import Space
 from fedmerge.state import StateDict
-from fedmerge.symmetry import RuleTable, Space, default_rules, traced
+from fedmerge.trace import RuleTable, traced
 
 BATCH = 128
 
@@ -43,7 +45,7 @@ def observer(model: nn.Module, spaces: Sequence[Space], *, rules: RuleTable | No
         spaces: its feature spaces.
         rules: the table that the spaces were derived with.
     """
-    module = traced(model, default_rules() if rules is None else rules)
+    module = traced(model, RULES if rules is None else rules)
     nodes = {node.name: node for node in module.graph.nodes}
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     output.args = (tuple(nodes[space.site.node] for space in spaces),)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fedmerge import data
-from fedmerge.config import Config, ConfigurationError
+from fedmerge.config import Config
 from fedmerge.data import Dataset
 from fedmerge.partition import divide, stratified_sample
 from fedmerge.problem import Examples
 from fedmerge.seeds import generator
+from fedmerge.settings import ConfigurationError
 
 DEVELOPMENT_SHARE = 1 / 6
 DEVELOPMENT_MOST = 10_000

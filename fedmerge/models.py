@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmerge.config import ConfigurationError, known
 from fedmerge.seeds import default_generator
+from fedmerge.settings import ConfigurationError, known
 
 Shape = tuple[int, int, int]
 VGG_STAGES: Mapping[int, tuple[tuple[int, ...], ...]] = {

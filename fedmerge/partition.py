@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge.config import ConfigurationError, known
 from fedmerge.seeds import fork, generator
+from fedmerge.settings import ConfigurationError, known
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

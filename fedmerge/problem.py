@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.seeds import generator
+from fedmerge.spaces import Space
 from fedmerge.state import StateDict
-from fedmerge.symmetry import Space, symmetry
+from fedmerge.symmetry import symmetry
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""

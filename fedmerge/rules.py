@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fedmerge.symmetry import FIXED, Rule, RuleTable, Trace
+from fedmerge.trace import FIXED, Rule, RuleTable, Trace
 
 
 def linear(trace: Trace, node: fx.Node) -> Tensor:

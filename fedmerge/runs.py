@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
+TEMPORARY = ".part"
 VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
 
 
@@ -66,7 +67,7 @@ class Run:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
+            if any(item.suffix != TEMPORARY for item in path.iterdir()):  # which a killed process leaves behind
                 raise RunError(
                     f"the run folder {path} is not empty: give another --out, or --resume to go on with the run in it"
                 )
@@ -219,14 +220,16 @@ class Run:
         """Append what fedmerge and Flower log to log.txt inside the block."""
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        loggers = [logging.getLogger(name) for name in ("fedmerge", "flwr")]
-        for item in loggers:
+        levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedmerge", "flwr")}
+        for item in levels:
             item.addHandler(handler)
+            item.setLevel(logging.INFO)
         try:
             yield
         finally:
-            for item in loggers:
+            for item, level in levels.items():
                 item.removeHandler(handler)
+                item.setLevel(level)
             handler.close()
 
     def write(self, name: str, content: bytes) -> Path:
@@ -240,7 +243,7 @@ class Run:
     def _write(self, name: Path | str, content: bytes) -> Path:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -257,10 +260,11 @@ def versions() -> dict[str, str]:
     """Return the versions that a run's numbers depend on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in VERSIONED:
+        loaded = getattr(sys.modules.get(name), "__version__", None)  # tells torch's builds apart
         try:
-            found[name] = metadata.version(name)
+            found[name] = str(loaded or metadata.version(name))
         except metadata.PackageNotFoundError:  # the app's bundle runs without an installed fedmerge
-            found[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
+            found[name] = "unknown"
     return found | {"threads": str(torch.get_num_threads())}
 
 

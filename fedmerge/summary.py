@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmerge.config import known
 from fedmerge.runs import Result
+from fedmerge.settings import known
 
 BASELINE = "fedavg"
 CONFIDENCE = 0.95

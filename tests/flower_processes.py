@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedmerge.config import Value
+from fedmerge.settings import Value
 
 BIN = Path(sys.executable).parent
 SECONDS_TO_START = 120

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmerge.basis import Linear, Permutation, put_units_first, rebase, units_first
-from fedmerge.symmetry import Axis, Site, Space, symmetry
+from fedmerge.spaces import Axis, Site, Space
+from fedmerge.symmetry import symmetry
 
 SITE = Site("here", 1, (0, 1, 2))
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, Entry, method_name, parse_method, resolve
-from fedmerge.config import ConfigurationError
 from fedmerge.problem import Aligner, Merger
+from fedmerge.settings import ConfigurationError
 
 KINDS = {"aligner": (ALIGNERS, Aligner), "merger": (MERGERS, Merger)}
 ENTRIES = [(kind, name) for kind, (entries, _) in KINDS.items() for name in entries]
@@ -48,11 +48,23 @@ def test_no_two_names_make_the_same_algorithm(kind: str) -> None:
 def test_every_default_may_be_given_as_an_option(kind: str, name: str) -> None:
     algorithm = made(kind, name)
     texts = [name]
-    for item in dataclasses.fields(algorithm):
+    stands_for = {**ALIGNERS, **MERGERS}[name].options
+    for item in [item for item in dataclasses.fields(algorithm) if item.name not in stands_for]:
         value = getattr(algorithm, item.name)
         text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
         texts.append(f"{item.name}={text}")
     assert made(kind, ":".join(texts)) == algorithm
+
+
+def test_an_option_that_a_name_stands_for_cannot_be_given() -> None:
+    with pytest.raises(ConfigurationError, match="unknown option of merger 'server-only' 'start'"):
+        made("merger", "server-only:start=mean")
+
+
+@pytest.mark.parametrize("text", ["np:steps=0", "np:steps=-5", "finetune:lrs=-1", "np-pairwise:lrs=0/0.1"])
+def test_budgets_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="must be"):
+        made("merger", text)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +114,7 @@ def test_an_option_may_be_written_with_dashes() -> None:
         ("merger", "np:lrs=nan", "merger 'np', option lrs, must be a finite number, got 'nan'"),
         ("merger", "fedavg:calibrate=yes", "merger 'fedavg', option calibrate, must be true or false, got 'yes'"),
         ("merger", "np:groups=layer", "merger 'np:groups=layer': groups must be auto or one of model, tensor"),
-        ("merger", "fedavg:weights=size", "merger 'fedavg:weights=size': weights must be 'examples' or 'uniform'"),
+        ("merger", "mean:weights=size", "merger 'mean:weights=size': weights must be 'examples' or 'uniform'"),
         ("merger", "finetune:start=zero", "merger 'finetune:start=zero': start must be one of mean, best, fresh"),
     ],
 )

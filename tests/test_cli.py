@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from fedmerge.cli import main
-from fedmerge.config import Config, flag
+from fedmerge.config import Config
 from fedmerge.models import create
 from fedmerge.problem import Update
 from fedmerge.runs import Run
+from fedmerge.settings import flag
 
 QUICK = ("--local-epochs", "1", "--client-examples", "150", "--clients", "3", "--model", "mlp@0.2")
 
@@ -249,8 +251,8 @@ def bits(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_run_killed_while_training_resumes_to_the_same_model_and_trains_no_client_twice(tmp_path: Path) -> None:
-    words = ("simulate", "--clients", "6", "--client-cpus", "2", "--local-epochs", "12", "--align", "activations")
-    words += ("--merge", "np:steps=20", "--min-client-examples", "20", "--alpha", "1")
+    federation = "--clients 6 --client-cpus 2 --local-epochs 40 --alpha 1 --min-client-examples 20"
+    words = shlex.split(f"simulate {federation} --align activations --merge np:steps=20")
     whole = spawn(*words, "--out", tmp_path / "whole")
     output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output

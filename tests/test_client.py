@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fedmerge import federation, models
 from fedmerge.client import choose_device, client_app, evaluate_client, num_threads, partition_of, train_client
-from fedmerge.config import Config, ConfigurationError
+from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_CRASHED, CLIENT_FAILED, identity, node_context
 from fedmerge.problem import Update
 from fedmerge.seeds import derive
+from fedmerge.settings import ConfigurationError
 from fedmerge.wire import arrays_from_state, update_from_records
 
 CONFIG = Config(clients=3, local_epochs="1", min_client_examples=40, lr=0.05)
@@ -215,7 +216,7 @@ def test_a_sites_own_settings_go_before_the_runs() -> None:
 def test_a_node_of_another_run_is_told_which_setting_is_unknown() -> None:
     context = Context(1, 1, {"partition-id": 0}, RecordDict(), {"num-server-rounds": 3})
     reply = client_app()(message(), context)
-    assert "unknown setting 'num_server_rounds'" in (reply.error.reason or "")
+    assert "unknown setting 'num-server-rounds'" in (reply.error.reason or "")
 
 
 def test_a_device_that_is_none_is_refused() -> None:

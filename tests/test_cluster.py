@@ -7,7 +7,7 @@ import pytest
 
 from fedmerge.actors import tensor_from_shared_memory
 from fedmerge.cluster import Resources, room, shorten
-from fedmerge.config import ConfigurationError
+from fedmerge.settings import ConfigurationError
 
 
 def machines(*resources: dict[str, float]) -> list[dict[str, Any]]:

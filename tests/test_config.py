@@ -11,20 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.config import (
-    INITIALISATIONS,
-    SPLITS,
-    UPLOAD_DTYPES,
-    Config,
-    ConfigurationError,
-    Value,
-    convert,
-    flag,
-    key,
-    known,
-    read_toml,
-)
+from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
+from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 
 FIELDS = dataclasses.fields(Config)
 TYPES = get_type_hints(Config)

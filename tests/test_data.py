@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from written_files import write_idx
 
 from fedmerge import data, datafiles
-from fedmerge.config import ConfigurationError
 from fedmerge.data import DATASETS, Dataset, load
 from fedmerge.datafiles import Part, Raw
 from fedmerge.problem import Examples
+from fedmerge.settings import ConfigurationError
 
 FASHION_MNIST = datafiles.SYSTEM / "fashion-mnist"
 

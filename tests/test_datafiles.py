@@ -10,8 +10,8 @@ import pytest
 from written_files import CIFAR, is_as_written, pack_cifar, pixels, write_cifar, write_idx, write_svhn
 
 from fedmerge import datafiles
-from fedmerge.config import ConfigurationError
 from fedmerge.datafiles import FILES, IDX, MissingData, read
+from fedmerge.settings import ConfigurationError
 
 
 @pytest.fixture(autouse=True)

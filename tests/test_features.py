@@ -7,7 +7,9 @@ from torch.func import functional_call
 from fedmerge.features import moments, observer
 from fedmerge.models import create
 from fedmerge.rules import RULES
-from fedmerge.symmetry import Space, symmetry, traced
+from fedmerge.spaces import Space
+from fedmerge.symmetry import symmetry
+from fedmerge.trace import traced
 
 
 def features(name: str, state: dict[str, Tensor], images: Tensor, space: Space) -> Tensor:

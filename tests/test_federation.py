@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fedmerge import data, federation
-from fedmerge.config import Config, ConfigurationError
+from fedmerge.config import Config
 from fedmerge.data import Dataset
 from fedmerge.federation import Federation, load
 from fedmerge.problem import Examples
 from fedmerge.seeds import generator
+from fedmerge.settings import ConfigurationError
 
 CONFIG = Config(data="digits", clients=4, partition="dirichlet", server_examples=100)
 DEVELOPMENT = CONFIG.replace(split="development")

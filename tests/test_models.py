@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmerge.config import ConfigurationError
 from fedmerge.models import MODELS, Shape, create
+from fedmerge.settings import ConfigurationError
 
 GREY, COLOUR, TINY = (1, 28, 28), (3, 32, 32), (1, 8, 8)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from problems import problem_of, same, trained
 
-from fedmerge.catalogue import ConfigurationError
 from fedmerge.oneshot import align_updates, merge_aligned, merge_updates
+from fedmerge.settings import ConfigurationError
 from fedmerge.state import MalformedState
 
 

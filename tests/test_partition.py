@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmerge import partition
-from fedmerge.config import ConfigurationError
 from fedmerge.partition import PARTITIONS, divide, stratified_sample
 from fedmerge.seeds import generator
+from fedmerge.settings import ConfigurationError
 
 NUM_CLASSES = 8
 SKEWED = sorted(set(PARTITIONS) - {"iid", "quantity"})

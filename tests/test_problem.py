@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmerge.problem import Examples, Merged, Problem, silent
 from fedmerge.seeds import generator
-from fedmerge.symmetry import UnsupportedOperation
+from fedmerge.spaces import UnsupportedOperation
 
 
 def problem(size: int, seed: int = 0, classes: int = 4) -> Problem:

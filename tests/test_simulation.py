@@ -18,15 +18,17 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 import fedmerge
-from fedmerge import federation, simulation
+from fedmerge import federation, raygrid, simulation
 from fedmerge.client import train_client
 from fedmerge.cluster import RAY_SETTINGS
-from fedmerge.config import Config, ConfigurationError
+from fedmerge.config import Config
 from fedmerge.flower import identity, set_message_id
 from fedmerge.problem import Update
+from fedmerge.raygrid import Clients, RayGrid
 from fedmerge.runs import Run
 from fedmerge.server import collect
-from fedmerge.simulation import Clients, RayGrid, recall_from, simulate, train_clients
+from fedmerge.settings import ConfigurationError
+from fedmerge.simulation import recall_from, simulate, train_clients
 from fedmerge.strategy import RoundFailed
 
 CONFIG = Config(clients=3, local_epochs="1", align="identity", merge="mean", threads=1)
@@ -100,7 +102,7 @@ def test_an_actor_that_dies_and_a_client_that_raises_are_told_and_the_round_goes
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(simulation, "Clients", Faulty)
+    monkeypatch.setattr(raygrid, "Clients", Faulty)
     config = CONFIG.replace(clients=5, client_cpus=4.0, out="0=die 3=raise")
     with caplog.at_level(logging.WARNING), simulation.simulation(config, federation.load(config)) as grid:
         updates = collect(grid, config, new_run(tmp_path, config), pause=0)
@@ -116,7 +118,7 @@ def test_a_client_that_hangs_is_given_up_after_the_timeout_and_its_actor_replace
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(simulation, "Clients", Faulty)
+    monkeypatch.setattr(raygrid, "Clients", Faulty)
     examples = federation.load(CONFIG)
     largest = max(range(3), key=lambda client: len(examples.partition[client]))
     config = CONFIG.replace(client_cpus=4.0, out=f"{largest}=hang", timeout=15.0)
@@ -152,9 +154,9 @@ def test_fractions_of_gpus_are_scheduled_and_clients_without_one_stay_on_the_cpu
         assert_trained(collect(grid, config, new_run(tmp_path, config), pause=0))
         assert grid._pool is not None
         assert len(grid._pool._actors) == 2
-    assert simulation._actor_settings(CONFIG)["device"] == "cpu"
-    assert simulation._actor_settings(CONFIG.replace(client_gpus=0.5))["device"] == "auto"
-    assert simulation._actor_settings(CONFIG.replace(device="cuda:0"))["device"] == "cuda:0"
+    assert raygrid._actor_settings(CONFIG)["device"] == "cpu"
+    assert raygrid._actor_settings(CONFIG.replace(client_gpus=0.5))["device"] == "auto"
+    assert raygrid._actor_settings(CONFIG.replace(device="cuda:0"))["device"] == "cuda:0"
 
 
 @pytest.mark.parametrize("wanted", [{"client_cpus": 5.0}, {"client_gpus": 2.0}])
@@ -180,8 +182,8 @@ def test_actors_that_cannot_start_fail_their_clients_with_the_cause(
     class Missing:
         """Known here alone: the actors find no such class."""
 
-    Missing.__module__ = "fedmerge.simulation"
-    monkeypatch.setattr(simulation, "Clients", Missing)
+    Missing.__module__ = "fedmerge.raygrid"
+    monkeypatch.setattr(raygrid, "Clients", Missing)
     with simulation.simulation(CONFIG, federation.load(CONFIG)) as grid, pytest.raises(RoundFailed) as caught:
         collect(grid, CONFIG, new_run(tmp_path), pause=0)
     assert "client 0: its process died: no Ray actor could start: AttributeError" in str(caught.value)
@@ -207,7 +209,7 @@ def test_a_run_with_all_its_updates_is_resumed_without_ray(tmp_path: Path, monke
     run = new_run(tmp_path)
     for partition_id in range(3):
         run.save_update(0, 1, train_client(CONFIG, federation.load(CONFIG), partition_id, 1, None))
-    monkeypatch.setattr(simulation, "ActorPool", None)
+    monkeypatch.setattr(raygrid, "ActorPool", None)
     result = simulate(CONFIG, run, resume=True)
     assert result.evaluate_metrics_serverapp[1]["accuracy"] == run.results()[0]["accuracy"]
     with simulation.simulation(CONFIG) as grid:

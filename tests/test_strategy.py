@@ -11,9 +11,9 @@ from flwr.serverapp.exception import AggregationError
 from grids import InProcessGrid
 from torch import Tensor, nn
 
-from fedmerge.config import ConfigurationError
 from fedmerge.flower import CLIENT_FAILED, identity
 from fedmerge.problem import Update
+from fedmerge.settings import ConfigurationError
 from fedmerge.strategy import OneShotMerge, RoundFailed
 from fedmerge.wire import arrays_from_state, state_from_arrays, update_to_records
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from made_runs import failed, result
 from scipy.stats import ttest_rel
 
-from fedmerge.config import ConfigurationError
+from fedmerge.settings import ConfigurationError
 from fedmerge.summary import best_single_model, paired_differences, summarize
 
 

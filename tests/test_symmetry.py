@@ -5,7 +5,9 @@ from torch import Tensor, fx, nn
 from fedmerge.basis import Permutation, rebase
 from fedmerge.models import create
 from fedmerge.rules import RULES
-from fedmerge.symmetry import Axis, Space, Trace, UnsupportedOperation, symmetry
+from fedmerge.spaces import Axis, Space, UnsupportedOperation
+from fedmerge.symmetry import symmetry
+from fedmerge.trace import Trace
 
 # name, shape of an image, least number of spaces (an empty answer is a wrong one)
 KNOWN = [

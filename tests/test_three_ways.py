@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from flower_processes import flower
 
-from fedmerge.config import Config, Value
+from fedmerge.config import Config
 from fedmerge.runs import Run
+from fedmerge.settings import Value
 from fedmerge.simulation import simulate
 from fedmerge.state import read_checkpoint
 

@@ -25,6 +25,18 @@ from fedmerge.state import StateDict
 from fedmerge.train import batches, evaluate
 
 
+def check_budget(lrs: Sequence[float], steps: int) -> None:
+    """Raise unless there is a learning rate, all are positive, and at least one step may be taken.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    if not lrs or not all(0 < lr < math.inf for lr in lrs):
+        raise ValueError(f"lrs must be numbers greater than 0, at least one, got {lrs}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long a descent may go on.
@@ -113,7 +125,7 @@ def learn(
         task: what is learned, for the progress.
     """
     seed = fork(generator)
-    chosen, steps = candidates[0], schedule.default_steps
+    chosen, steps = candidates[0], min(schedule.default_steps, schedule.steps)
     best: Course | None = None
     if problem.may_choose:
         for number, candidate in enumerate(candidates):

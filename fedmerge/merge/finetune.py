@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.best import best_client
-from fedmerge.merge.descent import Candidate, Schedule, Weights, learn, split_state
+from fedmerge.merge.descent import Candidate, Schedule, Weights, check_budget, learn, split_state
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.seeds import default_generator, fork
 
@@ -35,6 +35,7 @@ class FineTune:
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Fine-tune from the start."""

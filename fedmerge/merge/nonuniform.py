@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.merge.average import mean_state
-from fedmerge.merge.descent import Candidate, Schedule, learn, split_state
+from fedmerge.merge.descent import Candidate, Schedule, check_budget, learn, split_state
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.state import StateDict
 
@@ -43,6 +43,7 @@ class NPMerge:
     def __post_init__(self) -> None:
         if self.groups not in ("auto", *GROUPS):
             raise ValueError(f"groups must be auto or one of {', '.join(GROUPS)}, got {self.groups!r}")
+        check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Learn the coefficients, from the uniform mean."""
@@ -72,6 +73,9 @@ class PairwiseNPMerge:
 
     lrs: tuple[float, ...] = (3e-2, 1e-1, 3e-1)
     steps: int = Schedule.steps
+
+    def __post_init__(self) -> None:
+        check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Merge the first two models, then the result with the third, and so on."""

@@ -1,0 +1,94 @@
+"""What the command does before anything is computed: settings checked, the run folder made or opened, and locked."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedmerge.config import Config
+from fedmerge.runs import Run
+from fedmerge.settings import ConfigurationError, flag, known
+
+MACHINE = ("out", "ray_address", "client_cpus", "client_gpus", "timeout")
+"""Settings that change where a run happens and not what it computes: `--resume` may change them."""
+
+
+def prepare(
+    context: click.Context, command: str, config: Config, resume: bool, stack: ExitStack, **settings: Any
+) -> tuple[Config, Run]:
+    """Make the run folder once the settings are known to work, or open the one to go on with; lock it."""
+    if resume:
+        if not config.out:
+            raise ConfigurationError("--resume needs --out, the run folder to go on with")
+        run = Run.open(Path(config.out))
+        enter(stack, run)
+        return _resumed(context, run, command, config, settings), run
+    _check(config.replace(seed=settings.get("seeds", [config.seed])[0]))
+    if command == "simulate" and config.merge.partition(":")[0] == "ensemble":
+        raise ConfigurationError("--merge ensemble ends in several models, which no round can start from: use compare")
+    return config, new_run(command, config, stack, settings)
+
+
+def new_run(command: str, config: Config, stack: ExitStack, settings: dict[str, Any]) -> Run:
+    """Make the run folder that was asked for, or one of a new name, and keep it locked until the stack ends."""
+    data = config.data.partition(":")[0]
+    out = Path(config.out or f"runs/{command}-{data}-{datetime.now():%Y%m%d-%H%M%S}")
+    run = Run.create(out, command, config, **settings)
+    enter(stack, run)
+    return run
+
+
+def _check(config: Config) -> None:
+    """Find out what is wrong before anything is written: names, then data, partition and model."""
+    from fedmerge import federation, models
+    from fedmerge.catalogue import parse_method
+    from fedmerge.data import DATASETS
+    from fedmerge.partition import PARTITIONS
+
+    if not config.data.startswith("folder:"):
+        known("data set", config.data, [name for name in DATASETS if ":" not in name])
+    known("partition", config.partition, PARTITIONS)
+    parse_method(f"{config.align}+{config.merge}")
+    examples = federation.load(config)
+    if len(examples.server) == 0:
+        raise ConfigurationError(
+            "--server-examples must be at least 1: merging is learned on images that the server owns"
+        )
+    models.create(config.model, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
+
+
+def _resumed(context: click.Context, run: Run, command: str, config: Config, settings: dict[str, object]) -> Config:
+    """Return the stored configuration with this call's machine settings; other settings must not differ."""
+    stored = run.settings
+    if stored["command"] != command:
+        raise ConfigurationError(f"{run.path} was made by 'fedmerge {stored['command']}', not by 'fedmerge {command}'")
+    given = {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
+    }
+    result = run.config
+    for item in dataclasses.fields(Config):
+        ours, theirs = getattr(config, item.name), getattr(result, item.name)
+        if item.name in given and ours != theirs:
+            if item.name not in MACHINE:
+                raise ConfigurationError(
+                    f"{flag(item.name)} is {ours!r}, but the run in {run.path} has {theirs!r}: leave it out to go on, "
+                    "or give another --out"
+                )
+            result = result.replace(**{item.name: ours})
+    for name, value in settings.items():
+        if name in given and value != stored.get(name):
+            raise ConfigurationError(f"--{name} differs from the run's in {run.path}: leave it out to go on")
+    return result
+
+
+def enter(stack: ExitStack, run: Run) -> None:
+    """Lock a run folder, and log into it, until the stack ends."""
+    stack.enter_context(run.locked())
+    stack.enter_context(run.logging())
