@@ -263,6 +263,8 @@ def test_a_run_killed_while_training_resumes_to_the_same_model_and_trains_no_cli
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    assert killed.stdout is not None
+    killed.stdout.close()
     trained = {path: path.stat().st_mtime_ns for path in updates.glob("*.safetensors")}
     assert 2 <= len(trained) < 6, "it was to be killed in the middle"
     assert not list((tmp_path / "killed").glob("models/**/*.safetensors"))
