@@ -78,12 +78,14 @@ def write(run: Run, command: str, rows: dict[str, Row]) -> None:
     """
     content = {
         "command": command,
-        "versions": run.settings["versions"],
+        "versions": {name: text for name, text in run.settings["versions"].items() if name != "platform"},
         "accuracy": {method: list(row.accuracies.values()) for method, row in rows.items()},
         "table": markdown_table(list(rows.values())).splitlines(),
     }
-    (HERE / "expected" / "one_round.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     figures = HERE.parent / "docs" / "figures"
+    for folder in (HERE / "expected", figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    (HERE / "expected" / "one_round.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in ("accuracy", "labels", "classes"):
         shutil.copy(run.path / "figures" / f"{name}.png", figures / f"{name}.png")
     print(markdown_table(list(rows.values())))

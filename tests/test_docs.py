@@ -1,0 +1,51 @@
+"""The documentation says what is so: its tables are the experiments', its names and flags exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from fedmerge.catalogue import ALIGNERS, MERGERS, parse_method
+from fedmerge.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("  #")[0] for line in README.splitlines() if line.startswith("fedmerge ")]
+
+
+def test_the_readmes_table_is_the_experiments() -> None:
+    expected = json.loads((ROOT / "experiments" / "expected" / "one_round.json").read_text(encoding="utf-8"))
+    assert "\n".join(expected["table"]) in README
+    assert expected["command"] in README
+
+
+@pytest.mark.parametrize("name", [*ALIGNERS, *MERGERS])
+def test_every_method_is_documented(name: str) -> None:
+    assert f"| `{name}` |" in METHODS
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_readmes_commands_have_flags_and_methods_that_exist(line: str) -> None:
+    _, name, *words = shlex.split(line)
+    command = main.commands[name]
+    flags = {flag for parameter in command.params if isinstance(parameter, click.Option) for flag in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= flags
+    for methods in re.findall(r"--methods (\S+)", line):
+        for method in methods.split(","):
+            parse_method(method)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 5
