@@ -234,9 +234,10 @@ class _session:
         return self.console, self.stack
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FedmergeError):
+            logging.getLogger("fedmerge").error("%s", error)  # into the run's log, while it is open
         self.stack.close()
         if isinstance(error, FedmergeError):
-            logging.getLogger("fedmerge").error("%s", error)
             raise click.ClickException(str(error)) from error
         if error is None and self.console.failed:
             sys.exit(1)

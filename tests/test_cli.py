@@ -232,6 +232,18 @@ def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
     assert "is not a run folder: it has no config.json" in result.output
 
 
+def test_an_error_is_told_once_and_logged(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    for path in (run.path / "updates").rglob("*.safetensors"):
+        path.unlink()
+    command = [sys.executable, "-m", "fedmerge", "merge", str(run.path), "--methods", "mean"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("has 0 updates of seed 0, and needs 2") == 1
+    assert result.stdout == ""
+    assert "has 0 updates of seed 0" in (run.path / "log.txt").read_text()
+
+
 def test_quiet_prints_nothing(tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
     result = run_command("merge", run.path, "--methods", "mean", "--quiet")
