@@ -20,7 +20,7 @@ from fedmerge.state import StateDict
 
 
 class BasisChange(Protocol):
-    """A change of the basis of one feature space: `Permutation` or `Linear`."""
+    """A change of the basis of one feature space: `Permutation`, `Linear` or `Transport`."""
 
     @property
     def size(self) -> int:
@@ -102,6 +102,40 @@ class Linear:
         )
 
 
+@dataclass(frozen=True)
+class Transport:
+    """Mix the units by a soft assignment, as optimal transport does: writers and readers alike.
+
+    Unit i of the result is Σ_j M_ji of unit j. A permutation matrix gives the permutation; a softer one averages units
+    that are alike and has no inverse, so the readers too take the average of what read them, and the function is kept
+    as far as the mixed units are equal.
+
+    Attributes:
+        matrix: M (units of the model, units of the result), non-negative; its rows and columns sum to 1.
+    """
+
+    matrix: Float[Tensor, "units units"]
+
+    @property
+    def size(self) -> int:
+        """Units of the space."""
+        return len(self.matrix)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Return Mᵀ W for weights (units, …), computed in float64."""
+        return Linear(self.matrix).write(weights)
+
+    read = write
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """Refuse, as `Linear` does.
+
+        Raises:
+            ValueError: always.
+        """
+        return Linear(self.matrix).scale(weights)
+
+
 def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisChange]) -> dict[str, Tensor]:
     """Apply a basis change to each feature space of a model.
 
@@ -147,9 +181,9 @@ def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisCha
 def units_first(tensor: Tensor, axis: Axis, size: int) -> Tensor:
     """Return the entries of `axis` as (units, repeat, …): the units' entries, then the other dimensions in order."""
     entries = axis.entries(size).to(tensor.device)
-    return tensor.movedim(axis.dim, 0)[entries]
+    return axis.block(tensor).movedim(axis.dim, 0)[entries]
 
 
 def put_units_first(tensor: Tensor, axis: Axis, size: int, weights: Tensor) -> None:
     """Write what `units_first` returned back into `tensor`, in place."""
-    tensor.movedim(axis.dim, 0)[axis.entries(size).to(tensor.device)] = weights
+    axis.block(tensor).movedim(axis.dim, 0)[axis.entries(size).to(tensor.device)] = weights

@@ -36,6 +36,14 @@ ALIGNERS: Mapping[str, Entry] = {
     "activations": Entry(
         "permute units by the correlation of their activations", "fedmerge.align.activations:Activations"
     ),
+    "weights": Entry(
+        "permute units by the similarity of their weights (Git Re-Basin)", "fedmerge.align.weights:Weights"
+    ),
+    "universe": Entry(
+        "permute the units of all models to fit all others, cycle-consistently", "fedmerge.align.universe:Universe"
+    ),
+    "cca": Entry("mix units by canonical correlation analysis (CCA Merge)", "fedmerge.align.cca:CCA"),
+    "ot": Entry("assign units softly by optimal transport (OTFusion)", "fedmerge.align.ot:OptimalTransport"),
 }
 
 _FINETUNE = "fedmerge.merge.finetune:FineTune"
@@ -54,6 +62,35 @@ MERGERS: Mapping[str, Entry] = {
     "best-client-finetune": Entry("fine-tune the best client on the server's examples", _FINETUNE, {"start": "best"}),
     "server-only": Entry("train a new model on the server's examples alone", _FINETUNE, {"start": "fresh"}),
     "ensemble": Entry("mean of the clients' probabilities; K models at inference", "fedmerge.merge.ensemble:Ensemble"),
+    "mean-head": Entry(
+        "uniform mean, the last layer's rows weighted by the clients' label counts",
+        "fedmerge.merge.average:Average",
+        {"head": "counts"},
+    ),
+    "ensemble-counts": Entry(
+        "the clients' probabilities weighted by their label counts",
+        "fedmerge.merge.ensemble:Ensemble",
+        {"rule": "counts"},
+    ),
+    "ensemble-geometric": Entry(
+        "the clients' log-probabilities weighted by their label counts",
+        "fedmerge.merge.ensemble:Ensemble",
+        {"rule": "counts-geometric"},
+    ),
+    "np-distill": Entry(
+        "NP Merge on the classes that the ensemble by label counts tells; no server label is used",
+        "fedmerge.merge.nonuniform:NPMerge",
+        {"targets": "hard"},
+    ),
+    "finetune-distill": Entry("fine-tune the uniform mean on the same classes", _FINETUNE, {"targets": "hard"}),
+    "best-client-distill": Entry(
+        "fine-tune the client with the lowest loss on the same classes", _FINETUNE, {"start": "best", "targets": "hard"}
+    ),
+    "fresh-distill": Entry(
+        "train a new model on the same classes: the control of the distilled methods",
+        _FINETUNE,
+        {"start": "fresh", "targets": "hard"},
+    ),
 }
 
 
@@ -86,6 +123,7 @@ def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
     algorithm = getattr(importlib.import_module(module), attribute)
     types = get_type_hints(algorithm)
     names = [item.name for item in dataclasses.fields(algorithm)]
+    names.sort(key=lambda name: name not in vars(algorithm).get("__annotations__", {}))  # its own, then those inherited
     options = dict(entry.options)
     for setting in settings:
         option, equals, value = setting.partition("=")

@@ -21,7 +21,7 @@ from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device, num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
-from fedmerge.oneshot import Alignment, align_updates, merge_aligned
+from fedmerge.oneshot import Alignment, merge_aligned, objective, prepare
 from fedmerge.problem import Problem, Progress, Update, silent
 from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
@@ -179,7 +179,7 @@ Cell = tuple[Result, tuple[StateDict, ...]]
 
 
 class Bench:
-    """The updates of a seed, merged by any method; each aligner aligns them once.
+    """The updates of a seed, merged by any method; each aligner aligns them once for each objective.
 
     Args:
         settings: the configuration.
@@ -199,10 +199,10 @@ class Bench:
         self.updates = updates
         device = choose_device(self.config.device)
         model = _architecture(self.config, examples).to(device)
-        server, seed = examples.server.to(device), self.config.seed
-        self.problem = Problem(model, server, seed, self.config.batch_size, progress)
+        server = examples.server.to(device)
+        self.problem = Problem(model, server, self.config.seed, self.config.batch_size, progress)
         self.evaluation = examples.evaluation.to(device)
-        self.alignments: dict[str, Alignment] = {}
+        self.prepared: dict[tuple[str, object], tuple[Problem, Alignment]] = {}
 
     def answer(self, method: str) -> Cell:
         """Merge the updates by a method and evaluate the result.
@@ -215,9 +215,10 @@ class Bench:
         state = self.problem.model.state_dict()
         try:
             with num_threads(self.config.threads):
-                if align not in self.alignments:
-                    self.alignments[align] = align_updates(self.problem, self.updates, align=align, seed=seed)
-                outcome = merge_aligned(self.problem, self.alignments[align], merge=merge, seed=seed)
+                key = align, objective(merge)
+                if key not in self.prepared:
+                    self.prepared[key] = prepare(self.problem, self.updates, align=align, merge=merge, seed=seed)
+                outcome = merge_aligned(*self.prepared[key], merge=merge, seed=seed)
                 result = results.measured(
                     method=method,
                     seed=self.config.seed,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from fedmerge.rules import RULES
 from fedmerge.spaces import Space
@@ -20,7 +21,7 @@ BATCH = 128
 
 @dataclass
 class Moments:
-    """Centred second moments of a space's features in a reference model and in another.
+    """Means and centred second moments of a space's features in a reference model and in another.
 
     Samples are examples, or examples × positions for convolutions.
 
@@ -29,12 +30,16 @@ class Moments:
         cross: (units, units) covariance of the reference's units (rows) with the other's (columns).
         reference: (units, units) covariance of the reference's units.
         other: (units, units) covariance of the other's units.
+        reference_mean: (units,) mean of the reference's units.
+        other_mean: (units,) mean of the other's units.
     """
 
     count: int
     cross: Float64[Tensor, "units units"]
     reference: Float64[Tensor, "units units"]
     other: Float64[Tensor, "units units"]
+    reference_mean: Float64[Tensor, " units"]
+    other_mean: Float64[Tensor, " units"]
 
 
 def observer(model: nn.Module, spaces: Sequence[Space], *, rules: RuleTable | None = None) -> fx.GraphModule:
@@ -81,7 +86,7 @@ def moments(
         for index in order:
             weights = {name: tensor for name, tensor in states[index].items() if name in names}
             found = functional_call(module, weights, (batch,))
-            features = [_rows(value, space) for value, space in zip(found, spaces, strict=True)]
+            features = [features_of(value, space, states[index]) for value, space in zip(found, spaces, strict=True)]
             if index == reference:
                 kept = features
             for total, ours, theirs in zip(sums[index], kept, features, strict=True):
@@ -89,10 +94,15 @@ def moments(
     return [[total.moments() for total in of_model] for of_model in sums]
 
 
-def _rows(value: Tensor, space: Space) -> Tensor:
-    """Return the features of a site's value as (samples, units)."""
-    index = torch.tensor(space.site.index, device=value.device)
-    return value.movedim(space.site.dim, -1).reshape(-1, value.shape[space.site.dim]).index_select(1, index)
+def features_of(value: Tensor, space: Space, state: StateDict) -> Tensor:
+    """Return the features of a model with weights `state` as (samples, units), given the value of the space's site."""
+    site = space.site
+    index = torch.tensor(site.index, device=value.device)
+    rows = value.movedim(site.dim, -1).flatten(0, -2)
+    if site.weight is None:
+        return rows.index_select(1, index)
+    bias = None if site.bias is None else state[site.bias][index]
+    return linear(rows, state[site.weight][index], bias)
 
 
 class _Sums:
@@ -114,6 +124,7 @@ class _Sums:
         self.second += torch.stack([ours.T @ theirs, ours.T @ ours, theirs.T @ theirs]).cpu()
 
     def moments(self) -> Moments:
+        assert self.shift is not None
         ours, theirs = self.first / self.count
         cross, reference, other = self.second / self.count
         return Moments(
@@ -121,4 +132,6 @@ class _Sums:
             cross - torch.outer(ours, theirs),
             reference - torch.outer(ours, ours),
             other - torch.outer(theirs, theirs),
+            self.shift[0].cpu() + ours,
+            self.shift[1].cpu() + theirs,
         )

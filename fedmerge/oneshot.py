@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
 from fedmerge.merge.best import best_client
+from fedmerge.merge.objective import Objective
 from fedmerge.problem import Aligned, Merged, Problem, Update
 from fedmerge.seeds import generator
 from fedmerge.state import conform
@@ -65,7 +66,56 @@ def merge_updates(problem: Problem, updates: Sequence[Update], *, align: str, me
         ConfigurationError: for an unknown name.
         MalformedState: if an update does not fit the model.
     """
-    return merge_aligned(problem, align_updates(problem, updates, align=align, seed=seed), merge=merge, seed=seed)
+    problem, alignment = prepare(problem, updates, align=align, merge=merge, seed=seed)
+    return merge_aligned(problem, alignment, merge=merge, seed=seed)
+
+
+def prepare(
+    problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int
+) -> tuple[Problem, Alignment]:
+    """Do all that comes before the merge itself; mergers of one `objective` may share it.
+
+    Args:
+        problem: the server's side.
+        updates: at least one, in any order.
+        align: an aligner's name, with options.
+        merge: a merger's name, with options.
+        seed: of everything random in it.
+
+    Returns:
+        The problem, taught by the clients where the merger wants that, and the updates in one basis.
+    """
+    started = time.perf_counter()
+    problem = teach(problem, updates, merge=merge)
+    alignment = align_updates(problem, updates, align=align, seed=seed)
+    return problem, replace(alignment, seconds=time.perf_counter() - started)
+
+
+def objective(merge: str) -> Objective:
+    """Return what a merger learns from.
+
+    Args:
+        merge: a merger's name, with options.
+    """
+    merger = resolve("merger", merge, MERGERS)
+    return merger.objective if isinstance(merger, Objective) else Objective()
+
+
+def teach(problem: Problem, updates: Sequence[Update], *, merge: str) -> Problem:
+    """Return the problem with what the merger learns from in place of the server's labels.
+
+    The teacher is made of the clients' models as they came. Aligners then choose on its targets too, so that a method
+    without labels depends on none.
+
+    Args:
+        problem: the server's side.
+        updates: at least one, in any order.
+        merge: a merger's name, with options.
+    """
+    of_merger = objective(merge)
+    if of_merger.targets == "labels" or len(updates) < 2:
+        return problem
+    return of_merger.teach(problem, _conformed(problem, updates))
 
 
 def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, seed: int) -> Alignment:
@@ -81,16 +131,8 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
         ValueError: if there is no update, or two have the same partition id.
     """
     started = time.perf_counter()
-    ids = sorted(update.partition_id for update in updates)
-    if not ids or len(set(ids)) != len(ids):
-        raise ValueError(f"expected updates of different clients, at least one, got partition ids {ids}")
-    expected = problem.model.state_dict()
-    device = problem.data.images.device
-    ordered = sorted(updates, key=lambda update: update.partition_id)
-    states = [
-        {name: tensor.to(device) for name, tensor in conform(update.state, expected).items()} for update in ordered
-    ]
-    ordered = [replace(update, state=state) for update, state in zip(ordered, states, strict=True)]
+    ordered = _conformed(problem, updates)
+    states = [update.state for update in ordered]
     aligner = resolve("aligner", align, ALIGNERS)
     reference = 0
     losses: list[float] = []
@@ -105,7 +147,7 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     return Alignment(
         tuple(aligned),
         found.server_examples,
-        found.server_labels or bool(losses),
+        (found.server_labels or bool(losses)) and not problem.blind,
         {**diagnostics, **found.diagnostics},
         seconds,
     )
@@ -134,3 +176,17 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
         {"align": alignment.diagnostics, "merge": {"merger": merge, **found.diagnostics}},
         seconds,
     )
+
+
+def _conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
+    """Return the updates by partition id, their states checked, in the model's dtypes and where the problem is."""
+    ids = sorted(update.partition_id for update in updates)
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"expected updates of different clients, at least one, got partition ids {ids}")
+    expected = problem.model.state_dict()
+    device = problem.data.images.device
+    ordered = sorted(updates, key=lambda update: update.partition_id)
+    states = [
+        {name: tensor.to(device) for name, tensor in conform(update.state, expected).items()} for update in ordered
+    ]
+    return [replace(update, state=state) for update, state in zip(ordered, states, strict=True)]

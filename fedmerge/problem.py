@@ -7,7 +7,7 @@ protocol by which every choice is made on them. `Update` is what a client sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,10 +22,17 @@ from fedmerge.symmetry import symmetry
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
 
+UNKNOWN = -1
+"""The label of an example whose class is not known."""
+
 FEWEST_TO_CHOOSE = 50
 FEWEST_TO_SPLIT = 500
 VALIDATION_SHARE = 0.2
 NUM_FOLDS = 5
+
+
+Combination = Callable[[Tensor], Tensor]
+"""Maps log-probabilities (members, examples, classes) to an ensemble's (examples, classes), in float64."""
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -34,15 +41,17 @@ def silent(task: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Examples:
-    """Images and their labels, in memory.
+    """Images and what is known of their classes, in memory.
 
     Attributes:
         images: (examples, …) floating point, normalised.
-        labels: (examples,) int64 class indices.
+        labels: (examples,) int64 class indices; -1 where the class is not known.
+        targets: (examples, classes) probabilities that losses are measured against; None: the labels are.
     """
 
     images: Tensor
     labels: Tensor
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1 or len(self.images) != len(self.labels):
@@ -50,16 +59,36 @@ class Examples:
                 f"expected one label for each image, got images {tuple(self.images.shape)} "
                 f"and labels {tuple(self.labels.shape)}"
             )
+        if self.targets is not None and (self.targets.ndim != 2 or len(self.targets) != len(self.labels)):
+            raise ValueError(
+                f"expected targets of shape ({len(self.labels)}, classes), got {tuple(self.targets.shape)}"
+            )
+
+    @classmethod
+    def unlabelled(cls, images: Tensor) -> Examples:
+        """Return images of which no class is known.
+
+        Args:
+            images: (examples, …) floating point, normalised.
+        """
+        return cls(images, torch.full((len(images),), UNKNOWN, device=images.device))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every example's class is known."""
+        return bool((self.labels != UNKNOWN).all())
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> Examples:
-        return Examples(self.images[index], self.labels[index])
+        return Examples(self.images[index], self.labels[index], None if self.targets is None else self.targets[index])
 
     def to(self, device: torch.device | str) -> Examples:
         """Return the examples on `device`."""
-        return Examples(self.images.to(device), self.labels.to(device))
+        return Examples(
+            self.images.to(device), self.labels.to(device), None if self.targets is None else self.targets.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -88,11 +117,12 @@ class Merged:
     """What a merger gives back.
 
     Attributes:
-        states: one state dict, or the members of an ensemble whose probabilities are averaged.
+        states: one state dict, or the members of an ensemble.
         server_examples: how many of the server's examples were used.
         server_labels: whether their labels were used.
         uses_clients: False for a control that needs no client.
         diagnostics: what was chosen and why, in JSON's types.
+        combine: how an ensemble's log-probabilities become one prediction; None: the mean of the probabilities.
     """
 
     states: tuple[dict[str, Tensor], ...]
@@ -100,6 +130,7 @@ class Merged:
     server_labels: bool = False
     uses_clients: bool = True
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    combine: Combination | None = None
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -118,7 +149,8 @@ class Problem:
     """A merge to be done: the architecture and all the data that the server owns.
 
     The protocol of every choice: from 500 examples on, a fixed part to learn on and a fixed validation part; from 50,
-    cross-validation over five folds and then a refit on all; below, defaults and no choice.
+    cross-validation over five folds and then a refit on all; below, or where the classes of the examples are not known,
+    defaults and no choice.
 
     Attributes:
         model: the architecture; its own weights are never used.
@@ -126,6 +158,7 @@ class Problem:
         seed: of the split; mergers and aligners get their own generators.
         batch_size: examples in a step of a learned merge.
         progress: called on long work.
+        blind: the data's labels and targets are a teacher's, and the server's own labels have no part in them.
     """
 
     model: nn.Module
@@ -133,6 +166,7 @@ class Problem:
     seed: int = 0
     batch_size: int = 32
     progress: Progress = silent
+    blind: bool = False
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -147,10 +181,15 @@ class Problem:
         """
         return symmetry(self.model, self.data.images[:2])
 
-    @property
+    @cached_property
     def may_choose(self) -> bool:
-        """Whether there are enough examples to choose anything by validation."""
-        return len(self.data) >= FEWEST_TO_CHOOSE
+        """Whether there are enough examples of known classes to choose anything by validation."""
+        return len(self.data) >= FEWEST_TO_CHOOSE and self.data.labelled
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher has a part in the data's labels or targets."""
+        return self.blind or self.data.targets is not None
 
     @cached_property
     def folds(self) -> tuple[tuple[Examples, Examples], ...]:
@@ -183,6 +222,13 @@ class Problem:
     def validation(self) -> Examples:
         """The examples that judge models to which nothing was fitted: the validation part, or all of them."""
         return self.data if self.refits else self.folds[0][1]
+
+    def restricted(self, data: Examples) -> Problem:
+        """Return the problem of a server that owns `data` alone; spaces that are derived already are kept."""
+        part = replace(self, data=data)
+        if "spaces" in vars(self):
+            vars(part)["spaces"] = self.spaces
+        return part
 
 
 def _stratified_parts(labels: Tensor, num_parts: int, generator: torch.Generator) -> list[Tensor]:

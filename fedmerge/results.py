@@ -33,7 +33,7 @@ def measured(
         bytes_up: sent by all clients in this round.
         bytes_down: sent to all clients in this round.
     """
-    found = evaluate(model, outcome.merged.states, evaluation)
+    found = evaluate(model, outcome.merged.states, evaluation, outcome.merged.combine)
     return {
         **_what(method, seed, server_round),
         "status": "ok",

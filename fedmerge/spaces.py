@@ -24,6 +24,8 @@ class Axis:
         repeat: entries of each unit, H·W after a flatten.
         start: first entry, where the units are only a part of the dimension and lie together, unit after unit.
         index: all entries, unit after unit, where they do not.
+        within: (other dimension, first, last + 1) of the block of the tensor that is indexed, where the rest of it is
+            not: a grouped convolution's inputs are indexed within the rows of their group alone.
     """
 
     name: str
@@ -31,6 +33,11 @@ class Axis:
     repeat: int = 1
     start: int = 0
     index: tuple[int, ...] | None = None
+    within: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.within is not None and self.within[0] == self.dim:
+            raise ValueError(f"expected a block of another dimension than {self.dim} of '{self.name}', got it")
 
     def entries(self, size: int) -> Tensor:
         """Return the (size, repeat) positions along `dim` that belong to each unit."""
@@ -38,20 +45,34 @@ class Axis:
             return torch.tensor(self.index).reshape(size, self.repeat)
         return torch.arange(self.start, self.start + size * self.repeat).reshape(size, self.repeat)
 
+    def block(self, tensor: Tensor) -> Tensor:
+        """Return the view of a tensor that is indexed: all of it, or its part `within`."""
+        if self.within is None:
+            return tensor
+        dim, start, stop = self.within
+        return tensor.narrow(dim, start, stop - start)
+
 
 @dataclass(frozen=True)
 class Site:
     """Where the units of a space can be observed.
 
+    An operation may keep its units to itself, as attention does its queries. Then they are observed as what it computes
+    from its input: `output @ weight[index].T + bias[index]`, along the node's dimension.
+
     Attributes:
         node: name of the traced graph's node.
-        dim: the dimension of its output that is indexed by units.
-        index: position of each unit along `dim`.
+        dim: the dimension of its output that is indexed by units, or projected to them.
+        index: position of each unit along `dim`, or row of each unit in `weight`.
+        weight: key of the projection in the state dict; None where the node shows the units themselves.
+        bias: key of its bias; None without one.
     """
 
     node: str
     dim: int
     index: tuple[int, ...]
+    weight: str | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True)

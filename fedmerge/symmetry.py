@@ -14,16 +14,18 @@ returned: random permutations must leave the model's outputs unchanged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmerge.basis import Permutation, rebase
+from fedmerge.graph import RuleTable
+from fedmerge.grouping import spaces_of
 from fedmerge.rules import RULES
 from fedmerge.spaces import Space, UnsupportedOperation
-from fedmerge.trace import RuleTable, Trace
+from fedmerge.trace import Trace
 
 INVARIANCE_TOLERANCE = 1e-8
 
@@ -56,32 +58,44 @@ def symmetry(model: nn.Module, example: Tensor, *, rules: RuleTable | None = Non
     example = example.detach().cpu().double()
     trace = Trace(proof, RULES if rules is None else rules)
     trace.run(example)
-    spaces = trace.spaces()
-    _prove(proof, example, spaces)
+    spaces = spaces_of(trace)
+    with torch.no_grad():
+        _prove(proof, example, spaces)
     return spaces
 
 
 def _prove(model: nn.Module, example: Tensor, spaces: Sequence[Space]) -> None:
-    """Raise unless random permutations of all spaces leave the model's outputs unchanged."""
+    """Raise unless random permutations of all spaces leave the outputs unchanged; the model's weights are changed."""
     generator = torch.Generator().manual_seed(0)
-    state = {name: _generic(tensor, generator) for name, tensor in model.state_dict().items()}
+    _make_generic(model, generator)
+    state = model.state_dict()
     inputs = torch.randn(example.shape, generator=generator, dtype=torch.float64)
     changes = [Permutation(torch.randperm(space.size, generator=generator)) for space in spaces]
-    with torch.no_grad():
-        before = functional_call(model, state, (inputs,))
-        after = functional_call(model, rebase(state, spaces, changes), (inputs,))
-    scale = float(before.abs().max())
-    error = float((before - after).abs().max()) / (scale or 1.0)
-    if not error <= INVARIANCE_TOLERANCE:
+    before, after = (
+        _outputs(functional_call(model, weights, (inputs,), tie_weights=False))
+        for weights in (state, rebase(state, spaces, changes))
+    )
+    scale = max(float(found.abs().max()) for found in before)
+    error = max(float((ours - theirs).abs().max()) for ours, theirs in zip(before, after, strict=True))
+    if not error <= INVARIANCE_TOLERANCE * (scale or 1.0):
         raise UnsupportedOperation(
             f"the spaces derived for {type(model).__name__} are wrong: permuting them changes its outputs by "
-            f"{error:.1e} (relative). A rule misses something that the model does"
+            f"{error / (scale or 1.0):.1e} (relative). A rule misses something that the model does"
         )
 
 
-def _generic(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return weights of the same size without ties: constants such as a new norm's ones would hide a wrong axis."""
-    if not tensor.is_floating_point():
-        return tensor
-    noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return tensor * (0.5 + noise) + (0.1 * noise if tensor.ndim < 2 else 0.0)
+def _outputs(found: object) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    values = found.values() if isinstance(found, Mapping) else found
+    return [tensor for item in values for tensor in _outputs(item)] if isinstance(values, Iterable) else []
+
+
+def _make_generic(model: nn.Module, generator: torch.Generator) -> None:
+    """Rid a model's weights of ties and zeros: a new norm's ones, or a head that starts empty, hide a wrong axis."""
+    weights = model.state_dict(keep_vars=True).values()
+    for tensor in {id(tensor): tensor for tensor in weights}.values():  # one of two names is one
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            inputs = tensor[0].numel() if tensor.ndim > 1 else 1
+            tensor.copy_(tensor * (0.5 + noise) + 0.1 / inputs**0.5 * noise)

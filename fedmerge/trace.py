@@ -5,70 +5,103 @@ This is the machine under `fedmerge.symmetry`; the rules of `fedmerge.rules` wor
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
-from functools import cached_property
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fedmerge.spaces import Axis, Site, Space, UnsupportedOperation
+from fedmerge.graph import Rule, RuleTable, qualified_name, rule_for_class, rule_for_target, traced
+from fedmerge.labels import compressed, expanded, fixed, fixed_like, line, spread, tensors_of, varying, without_repeats
+from fedmerge.spaces import Site, UnsupportedOperation
+from fedmerge.units import FIXED, Units
 
-Rule = Callable[["Trace", fx.Node], Any]
-"""What an operation does to units: given the trace and the node, returns the labels of the node's output."""
+ROLES = ("writer", "reader", "elementwise")
+UNTOUCHED = -1
 
-RuleTable = Mapping[Any, Rule]
-"""Rules by module class, function, or method name."""
+Part = tuple[str, int, tuple[int, int, int] | None]
+"""A dimension of a tensor, or of a block of it: name, dimension, `Axis.within`."""
 
-FIXED = 0
-"""The label of elements that may not be renamed: inputs, outputs and constants."""
+
+@dataclass
+class Touched:
+    """The units along a dimension of a tensor: the label of each entry, or UNTOUCHED, and its role's index."""
+
+    labels: np.ndarray
+    roles: np.ndarray
+
+
+@dataclass
+class Moved:
+    """A parameter that takes part as a value: a label for each element, and what it does to the units it meets."""
+
+    labels: Tensor
+    role: str = "writer"
 
 
 class Trace:
     """The state of a derivation: labels of every node's output, and what is known of the labels.
 
-    Rules use `labels`, `shape`, `fresh`, `touch`, `unify` and `mark`.
+    Rules use `labels`, `along`, `spread`, `shape`, `fresh`, `touch`, `unify`, `fix`, `mark`, `mark_each` and `show`.
     """
 
     def __init__(self, model: nn.Module, rules: RuleTable) -> None:
-        self.model = model
         self.rules = rules
         self.graph_module = traced(model, rules)
         self.output_labels: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}
-        self._parent = [FIXED]
-        self._touched: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
-        self._marks: list[tuple[Hashable, np.ndarray]] = []
+        self.units = Units()
+        self.touched: dict[Part, Touched] = {}
+        self.marks: list[tuple[Hashable, np.ndarray]] = []
+        self.shown: list[tuple[np.ndarray, Site]] = []
+        self.tensors = dict(model.state_dict(keep_vars=True))
+        self._first_names: dict[int, str] = {}
+        for name, tensor in self.tensors.items():
+            self._first_names.setdefault(id(tensor), name)
+        self.parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+        self.moved: dict[str, Moved] = {}
+        self._node: fx.Node | None = None
 
     def labels(self, node: fx.Node) -> Tensor:
-        """Return the labels of a node's output: int64, of the shape of its value."""
+        """Return the labels of a node's output: int64, of the shape of its value, of stride 0 where they are equal."""
+        if node.op == "get_attr" and node not in self.output_labels:
+            self.output_labels[node] = self._labels_of_parameter(node)
         found = self.output_labels[node]
         if not isinstance(found, Tensor):
             raise self.refuse(node, "its output is not a tensor")
-        return found
+        return self.resolved(found)
+
+    def resolved(self, labels: Tensor) -> Tensor:
+        """Return labels in which each unit goes by one label, of stride 0 where they are equal."""
+        core = without_repeats(labels)
+        found = torch.from_numpy(self.units.find(core.numpy()))
+        return expanded(found).expand(labels.shape)
 
     def along(self, node: fx.Node, dim: int) -> Tensor:
         """Return the unit of each position along a dimension of a node's output.
 
+        Where the units differ along other dimensions too, each position's are made one: the same weights meet them all.
+
         Raises:
-            UnsupportedOperation: if the units differ along other dimensions too.
+            UnsupportedOperation: if the units lie along other dimensions alone.
         """
         labels = self.labels(node)
-        for other, size in enumerate(labels.shape):
-            if other != dim % labels.ndim:
-                if size > 1 and labels.stride(other) != 0:
-                    raise self.refuse(node, f"its units lie along dimension {other} too, expected only {dim}")
-                labels = labels.narrow(other, 0, 1)
-        return labels.reshape(-1)
+        dim %= labels.ndim
+        for other in varying(labels):
+            if other != dim:
+                first = labels.narrow(other, 0, 1).expand(labels.shape)
+                if dim not in varying(labels) and not self._is_loose(labels, first):
+                    raise self.refuse(self._node or node, f"its units lie along dimension {other}, expected {dim}")
+                self.unify(labels, first)
+                labels = self.resolved(first)
+        return line(labels, dim)
 
     def spread(self, units: Tensor, node: fx.Node, dim: int) -> Tensor:
         """Return labels of the shape of a node's output, with `units` along a dimension."""
-        shape = self.shape(node)
-        view = [1] * len(shape)
-        view[dim] = len(units)
-        return units.reshape(view).expand(shape)
+        return spread(units, self.shape(node), dim)
 
     def shape(self, node: fx.Node) -> torch.Size:
         """Return the shape of a node's output on the example."""
@@ -79,13 +112,20 @@ class Trace:
         """Return the module that a `call_module` node calls."""
         return self.graph_module.get_submodule(str(node.target))
 
-    def fresh(self, count: int) -> Tensor:
-        """Return labels of `count` new units."""
-        first = len(self._parent)
-        self._parent.extend(range(first, first + count))
-        return torch.arange(first, first + count)
+    def fresh(self, count: int, *, loose: bool = False) -> Tensor:
+        """Return labels of `count` new units; loose ones take the place of whatever they meet."""
+        return self.units.fresh(count, loose=loose)
 
-    def touch(self, name: str, dim: int, labels: Tensor, role: str) -> None:
+    def touch(
+        self,
+        name: str,
+        dim: int,
+        labels: Tensor,
+        role: str,
+        *,
+        start: int = 0,
+        within: tuple[int, int, int] | None = None,
+    ) -> None:
         """Say that a parameter or buffer is indexed along a dimension by units.
 
         Args:
@@ -93,204 +133,158 @@ class Trace:
             dim: the dimension.
             labels: the unit of each entry along the dimension.
             role: "writer", "reader" or "elementwise".
+            start: the first of the entries, where they are a part of the dimension.
+            within: the block of the tensor for which this holds, see `Axis.within`.
+
+        Raises:
+            UnsupportedOperation: if the model keeps no such tensor, as where a parametrisation computes it.
         """
-        found = labels.numpy().copy()
-        if (name, dim) in self._touched:  # shared by two calls: their units are the same
-            self.unify(torch.from_numpy(self._touched[name, dim][1]), labels)
-        else:
-            self._touched[name, dim] = (role, found)
+        if name not in self.tensors:
+            assert self._node is not None
+            raise self.refuse(self._node, f"'{name}' is not in the state dict")
+        part = (self.first_name(name), dim, within)
+        if part not in self.touched:
+            size = self.tensors[name].shape[dim]
+            self.touched[part] = Touched(np.full(size, UNTOUCHED), np.zeros(size, dtype=np.int64))
+        units, found = labels.numpy(), slice(start, start + len(labels))
+        known, roles = self.touched[part].labels[found], self.touched[part].roles[found]
+        shared = known != UNTOUCHED
+        self.units.unify(known[shared], units[shared])  # shared by two calls: their units are the same
+        self.units.settle(units)
+        known[~shared], roles[~shared] = units[~shared], ROLES.index(role)
+
+    def first_name(self, name: str) -> str:
+        """Return the first of the names under which the state dict has a tensor."""
+        return self._first_names[id(self.tensors[name])]
 
     def unify(self, first: Tensor, second: Tensor) -> Tensor:
         """Make the labels of two tensors of one shape equal, element by element, and return them."""
-        pairs = np.unique(np.stack([_compressed(first, second), _compressed(second, first)]), axis=1)
-        for a, b in pairs.T.tolist():
-            a, b = self._find(a), self._find(b)
-            if a != b:
-                self._parent[max(a, b)] = min(a, b)  # FIXED is the least label: what it meets is fixed
+        self.units.unify(*compressed(first, second))
         return first
+
+    def turn(self, labels: Tensor) -> None:
+        """Say that what wrote units so far reads those that they are about to meet, as keys read queries.
+
+        Where a dense change maps the queries by T, it has to map the keys by T⁻ᵀ.
+        """
+        turned = np.unique(self.units.find(without_repeats(labels).numpy()))
+        for touched in self.touched.values():
+            writes = (touched.labels != UNTOUCHED) & (touched.roles == ROLES.index("writer"))
+            touched.roles[writes & np.isin(self.units.find(touched.labels), turned)] = ROLES.index("reader")
+        for moved in self.moved.values():
+            if moved.role == "writer" and np.isin(self.units.find(moved.labels.numpy()), turned).any():
+                moved.role = "reader"
+
+    def fix(self, labels: Tensor) -> None:
+        """Say that elements may not be renamed."""
+        self.unify(labels, fixed(labels.shape))
 
     def mark(self, labels: Tensor, history: Hashable) -> None:
         """Say that units have a history that the others do not have: only units of equal history are exchangeable."""
-        self._marks.append((history, np.unique(_compressed(labels))))
+        self.marks.append((history, without_repeats(labels).reshape(-1).numpy()))
+
+    def mark_each(self, labels: Tensor, dims: list[int], history: Hashable) -> None:
+        """Mark units by their coordinates along dimensions: those at different ones are not exchangeable."""
+        for index in product(*(range(labels.shape[dim]) for dim in dims)):
+            part = labels
+            for dim, position in zip(dims, index, strict=True):
+                part = part.narrow(dim, position, 1)
+            self.mark(part, (history, index))
+
+    def show(self, units: Tensor, node: fx.Node, weight: str, bias: str | None, start: int = 0) -> None:
+        """Say that units that no node shows are projections of a node's output along its last dimension, see `Site`."""
+        rows = range(start, start + len(units))
+        dim = len(self.shape(node)) - 1
+        self.shown.append((units.numpy(), Site(node.name, dim, tuple(rows), weight, bias)))
+
+    def is_loose(self, node: fx.Node) -> bool:
+        """Whether a node's output is of parameters alone that have not met a unit yet."""
+        return bool(self.units.is_loose(without_repeats(self.labels(node)).numpy()).all())
+
+    def scale(self, labels: Tensor) -> None:
+        """Say that the parameters among labels scale units: they do not write them."""
+        found = self.units.find(without_repeats(labels).numpy())
+        for moved in self.moved.values():
+            if np.isin(found, self.units.find(moved.labels.numpy())).any():
+                moved.role = "elementwise"
 
     def refuse(self, node: fx.Node, reason: str) -> UnsupportedOperation:
         """Return the error that names a node and how to go on."""
-        what = type(self.module(node)).__name__ if node.op == "call_module" else str(node.target)
+        what = key = str(node.target)
+        if node.op == "call_module":
+            what = key = type(self.module(node)).__name__
+        elif node.op == "call_function":
+            what = key = qualified_name(node.target)
+        elif node.op == "call_method":
+            key = f"{node.target!r}"
         return UnsupportedOperation(
             f"cannot derive the symmetries of node '{node.name}' ({node.op} {what}): {reason}. "
-            "Pass a rule for it: symmetry(model, example, rules={**RULES, "
-            f"{what if node.op == 'call_module' else '...'}: rule}}), or merge without alignment (--align identity)"
+            f"Pass a rule for it: symmetry(model, example, rules={{**RULES, {key}: rule}}), "
+            "or merge without alignment (--align identity)"
         )
 
     def run(self, example: Tensor) -> None:
-        """Label every node's output, running the model on the example."""
+        """Label every node's output, running the model on the example.
+
+        Raises:
+            UnsupportedOperation: if it does not run, or no rule describes a node.
+        """
         interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
-        with torch.no_grad():
-            interpreter.run(example)
+        try:
+            with torch.no_grad():
+                interpreter.run(example)
+        except RuntimeError as error:
+            raise UnsupportedOperation(
+                f"the model does not run on an example of shape {tuple(example.shape)} and {example.dtype}: {error}. "
+                "Make the tensors that it creates of its inputs' type, or merge without alignment (--align identity)"
+            ) from error
         self.values = interpreter.env
         for node in self.graph_module.graph.nodes:
+            self._node = node
             if node.op == "output":
                 for argument in node.all_input_nodes:
-                    if isinstance(self.output_labels[argument], Tensor):
-                        labels = self.labels(argument)
-                        self.unify(labels, torch.zeros_like(labels))
-            else:
+                    for labels in tensors_of(self.output_labels.get(argument)):
+                        self.fix(labels)
+            elif node.op != "get_attr":
                 self.output_labels[node] = self._apply(node)
 
     def _apply(self, node: fx.Node) -> Any:
-        value = self.values.get(node)
-        if node.op in ("placeholder", "get_attr") or not self._carries_units(node):
-            return _fixed(value)
-        rule = self.rules.get(type(self.module(node)) if node.op == "call_module" else node.target)
+        if node.op == "placeholder" or not self._carries_units(node):
+            return fixed_like(self.values.get(node))
+        if node.op == "call_module":
+            rule = rule_for_class(type(self.module(node)), self.rules)
+        else:
+            rule = rule_for_target(node.target, self.rules)
         if rule is None:
             raise self.refuse(node, "no rule says what it does to units")
-        found = rule(self, node)
-        return fx.node.map_aggregate(found, lambda item: expanded(item) if isinstance(item, Tensor) else item)
+        return rule(self, node)
 
     def _carries_units(self, node: fx.Node) -> bool:
         """Whether a rule is needed: weights take part, or a tensor whose elements are not all fixed."""
         if node.op == "call_module" and any(True for _ in self.module(node).parameters()):
             return True
-        arguments = node.all_input_nodes
-        return any(item.op == "get_attr" or self._is_free(self.output_labels[item]) for item in arguments)
+        return any(self._is_free(item) for item in node.all_input_nodes)
 
-    def _is_free(self, labels: object) -> bool:
-        if isinstance(labels, Tensor):
-            return any(self._find(int(label)) != FIXED for label in np.unique(_compressed(labels)))
-        return isinstance(labels, (tuple, list)) and any(self._is_free(item) for item in labels)
+    def _is_free(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return str(node.target) in self.tensors and self.values[node].is_floating_point()
+        labels = self.output_labels[node]
+        return any(bool(self.units.find(without_repeats(found).numpy()).any()) for found in tensors_of(labels))
 
-    def _find(self, label: int) -> int:
-        parent = self._parent
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
+    def _is_loose(self, first: Tensor, second: Tensor) -> bool:
+        """Whether elements that differ have one that has not met a unit yet."""
+        ours, theirs = compressed(first, second)
+        differ = ours != theirs
+        return bool((self.units.is_loose(ours[differ]) | self.units.is_loose(theirs[differ])).all())
 
-    @cached_property
-    def roots(self) -> np.ndarray:
-        """The representative of each label, once everything is unified."""
-        return np.array([self._find(label) for label in range(len(self._parent))])
-
-    def spaces(self) -> tuple[Space, ...]:
-        """Group the units that are exchangeable, in the order of their weights."""
-        signatures: dict[int, list[Hashable]] = defaultdict(list)
-        for (name, dim), (role, labels) in self._touched.items():
-            units, counts = np.unique(self.roots[labels], return_counts=True)
-            for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
-                signatures[unit].append((name, dim, role, count))
-        for history, labels in self._marks:
-            for unit in np.unique(self.roots[labels]).tolist():
-                signatures[unit].append(history)
-        groups: dict[Hashable, list[int]] = defaultdict(list)
-        for unit, signature in signatures.items():
-            if unit != FIXED:
-                groups[tuple(signature)].append(unit)
-        found = [self._space(np.array(sorted(units))) for units in groups.values() if len(units) > 1]
-        return tuple(space for space in found if space is not None)
-
-    def _space(self, units: np.ndarray) -> Space | None:
-        axes: dict[str, list[Axis]] = defaultdict(list)
-        for (name, dim), (role, labels) in self._touched.items():
-            of_entry = self.roots[labels]
-            positions = np.flatnonzero(np.isin(of_entry, units))
-            if positions.size:
-                ordered = positions[np.argsort(of_entry[positions], kind="stable")]
-                axes[role].append(_axis(name, dim, ordered, len(units)))
-        if not axes["reader"]:  # nothing depends on them: there is nothing to align
-            return None
-        return Space(
-            size=len(units),
-            writers=tuple(axes["writer"]),
-            readers=tuple(axes["reader"]),
-            elementwise=tuple(axes["elementwise"]),
-            site=self._site(units),
-        )
-
-    def _site(self, units: np.ndarray) -> Site:
-        """Return the last node that shows each unit of a space once, at one position of one dimension."""
-        best: Site | None = None
-        for node, labels in self.output_labels.items():
-            if not isinstance(labels, Tensor) or node.op in ("placeholder", "get_attr"):
-                continue
-            dims = [dim for dim in range(labels.ndim) if labels.stride(dim) != 0 and labels.shape[dim] > 1]
-            if len(dims) != 1:
-                continue
-            along = self.roots[_compressed(labels)]
-            order = np.argsort(along, kind="stable")
-            order = order[np.isin(along[order], units)]
-            if np.array_equal(along[order], units) and not _is_pooled(self.values[node], best, self.values):
-                best = Site(node.name, dims[0], tuple(order.tolist()))
-        if best is None:
-            raise UnsupportedOperation(f"no node of the graph shows all of a space's {len(units)} units once each")
-        return best
+    def _labels_of_parameter(self, node: fx.Node) -> Tensor:
+        value, name = self.values[node], str(node.target)
+        if name not in self.tensors or not value.is_floating_point():
+            return fixed(value.shape)
+        name = self.first_name(name)
+        if name not in self.moved:
+            self.moved[name] = Moved(self.fresh(value.numel(), loose=True).reshape(value.shape))
+        return self.moved[name].labels
 
 
-def traced(model: nn.Module, rules: RuleTable) -> fx.GraphModule:
-    """Trace a model in evaluation mode; modules that have a rule stay whole.
-
-    Args:
-        model: the module, left as it is.
-        rules: the rule table.
-
-    Raises:
-        UnsupportedOperation: if torch.fx cannot trace it.
-    """
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-            return type(module) in rules or super().is_leaf_module(module, module_qualified_name)
-
-    was_training = model.training
-    model.eval()
-    try:
-        return fx.GraphModule(model, Tracer().trace(model))
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise UnsupportedOperation(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Put the part that it cannot follow into a module "
-            "of its own and pass a rule for it, or merge without alignment (--align identity)"
-        ) from error
-    finally:
-        model.train(was_training)
-
-
-def _fixed(value: object) -> Any:
-    if isinstance(value, Tensor):
-        return torch.zeros((), dtype=torch.int64).expand(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(_fixed(item) for item in value)
-    return None
-
-
-def expanded(labels: Tensor) -> Tensor:
-    """Return the labels with stride 0 along every dimension on which they are constant."""
-    for dim, size in enumerate(labels.shape):
-        if size > 1 and labels.stride(dim) != 0:
-            first = labels.narrow(dim, 0, 1)
-            if bool((labels == first).all()):
-                labels = first.expand(labels.shape)
-    return labels
-
-
-def _compressed(labels: Tensor, other: Tensor | None = None) -> np.ndarray:
-    """Return the labels, flat, without the dimensions along which they (and the other's) are constant."""
-    for dim in range(labels.ndim):
-        if labels.stride(dim) == 0 and (other is None or other.stride(dim) == 0):
-            labels = labels.narrow(dim, 0, min(1, labels.shape[dim]))
-            other = None if other is None else other.narrow(dim, 0, min(1, other.shape[dim]))
-    return labels.reshape(-1).numpy()
-
-
-def _axis(name: str, dim: int, ordered: np.ndarray, size: int) -> Axis:
-    repeat = len(ordered) // size
-    start = int(ordered[0])
-    if np.array_equal(ordered, np.arange(start, start + len(ordered))):
-        return Axis(name, dim, repeat, start)
-    return Axis(name, dim, repeat, index=tuple(ordered.tolist()))
-
-
-def _is_pooled(value: Tensor, best: Site | None, values: Mapping[fx.Node, Any]) -> bool:
-    """Whether a node shows fewer positions than the best site so far: averages hide what units do."""
-    if best is None:
-        return False
-    shown = next(found for node, found in values.items() if node.name == best.node)
-    return bool(value.numel() < shown.numel())
+__all__ = ["FIXED", "Rule", "RuleTable", "Trace", "expanded", "fixed", "spread", "traced", "varying"]

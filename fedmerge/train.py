@@ -12,11 +12,14 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge.errors import FedmergeError
-from fedmerge.problem import Examples
+from fedmerge.problem import Combination, Examples
 from fedmerge.seeds import default_generator, fork
 from fedmerge.state import StateDict
 
 EVALUATION_BATCH = 512
+
+LEAST_LOG_PROBABILITY = -700.0
+"""Stands for the logarithm of 0, which an ensemble may give to a class that none of its members has seen."""
 
 
 class Diverged(FedmergeError, ArithmeticError):
@@ -48,7 +51,7 @@ class Evaluation:
 
     Attributes:
         accuracy: share of the examples classified correctly, in [0, 1].
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats, with the labels or the examples' targets.
         per_class_accuracy: the accuracy within each class; None for a class without examples.
     """
 
@@ -151,20 +154,39 @@ def predict(model: nn.Module, state: StateDict, images: Tensor) -> Tensor:
             module.training = was_training
 
 
-def evaluate(model: nn.Module, states: Sequence[StateDict], examples: Examples) -> Evaluation:
-    """Evaluate a model, or an ensemble by the mean of its members' probabilities.
+def log_probabilities(model: nn.Module, states: Sequence[StateDict], images: Tensor) -> Tensor:
+    """Return each model's log-probabilities of the classes, (models, images, classes) in float64.
+
+    Args:
+        model: the architecture.
+        states: the weights of each model, at least one.
+        images: on the states' device.
+    """
+    return torch.stack([predict(model, state, images).double().log_softmax(1) for state in states])
+
+
+def evaluate(
+    model: nn.Module, states: Sequence[StateDict], examples: Examples, combine: Combination | None = None
+) -> Evaluation:
+    """Evaluate a model, or an ensemble.
 
     Args:
         model: the architecture.
         states: one state dict, or the members'.
-        examples: at least one, on the states' device.
+        examples: at least one, on the states' device; where they have targets, the loss is measured against these.
+        combine: how the members' log-probabilities become one prediction; None: the mean of the probabilities.
     """
-    log_probabilities = torch.stack(
-        [predict(model, state, examples.images).double().log_softmax(1) for state in states]
-    ).logsumexp(0) - math.log(len(states))
-    loss = functional.nll_loss(log_probabilities, examples.labels)
-    correct = log_probabilities.argmax(1) == examples.labels
-    num_classes = log_probabilities.shape[1]
+    found = log_probabilities(model, states, examples.images)
+    if combine is None:
+        found = found.logsumexp(0) - math.log(len(states))
+    else:
+        found = combine(found).clamp(min=LEAST_LOG_PROBABILITY)
+    if examples.targets is None:
+        loss = functional.nll_loss(found, examples.labels)
+    else:
+        loss = -(examples.targets.double() * found).sum(1).mean()
+    correct = found.argmax(1) == examples.labels
+    num_classes = found.shape[1]
     counts = torch.bincount(examples.labels, minlength=num_classes)
     hits = torch.bincount(examples.labels[correct], minlength=num_classes)
     return Evaluation(

@@ -36,7 +36,8 @@ def trained(name: str, count: int = 3, *, shared: bool = False) -> list[Update]:
         examples = blobs(60 + client, seed=client, classes=(client % 3, (client + 1) % 3))
         start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         state, _ = fit(model, start, examples, LocalTraining(epochs=4, lr=0.02), generator=generator(client, "fit"))
-        updates.append(Update(state, len(examples), client))
+        counts = tuple(examples.labels.bincount(minlength=3).tolist())
+        updates.append(Update(state, len(examples), client, counts))
     return updates
 
 

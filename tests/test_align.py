@@ -1,13 +1,14 @@
 """One contract for every aligner, and the laws of each."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import SHAPE, TwoLayers, blobs, problem_of, same, shuffled, trained
 from torch import nn
 
 from fedmerge.align.activations import Activations, correlation, match
-from fedmerge.align.auto import Auto
-from fedmerge.align.identity import Identity
 from fedmerge.catalogue import ALIGNERS, resolve
 from fedmerge.features import Moments
 from fedmerge.merge.average import mean_state
@@ -15,7 +16,9 @@ from fedmerge.oneshot import align_updates
 from fedmerge.problem import Aligner, Examples, Problem, Update
 from fedmerge.train import evaluate
 
-MATCHING = ["activations"]
+MATCHING = ["activations", "weights", "weights:start=activations", "universe"]
+PERMUTING = ["identity", "activations", "weights", "universe"]
+"""Their changes keep each model's function; a dense change keeps it only where the units are linear."""
 
 
 def aligner(name: str) -> Aligner:
@@ -42,8 +45,10 @@ class TestEveryAligner:
             assert aligned.keys() == original.keys()
             shared = {tensor.data_ptr() for tensor in state.values()} & {item.data_ptr() for item in aligned.values()}
             assert not shared
-            ours, theirs = (evaluate(problem.model, [item], problem.data) for item in (original, aligned))
-            assert abs(ours.loss - theirs.loss) < 1e-4
+            assert all(torch.isfinite(tensor).all() for tensor in aligned.values())
+            if name in PERMUTING:
+                ours, theirs = (evaluate(problem.model, [item], problem.data) for item in (original, aligned))
+                assert abs(ours.loss - theirs.loss) < 1e-4
 
     def test_same_generator_same_bits(self, name: str) -> None:
         problem = problem_of("cnn@0.1")
@@ -75,7 +80,7 @@ class TestEveryAligner:
         found = align_updates(problem, updates, align=name, seed=0)
         for update, original in zip(found.updates, updates, strict=True):
             ours, theirs = (evaluate(problem.model, [item.state], problem.data).loss for item in (original, update))
-            assert abs(ours - theirs) < 1e-4
+            assert abs(ours - theirs) < (1e-4 if name in PERMUTING else 1.0)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_checkpoints_are_taken(self, name: str, dtype: torch.dtype) -> None:
@@ -86,6 +91,25 @@ class TestEveryAligner:
         ]
         found = align_updates(problem, halved, align=name, seed=0)
         assert {tensor.dtype for update in found.updates for tensor in update.state.values()} == {torch.float32}
+
+    def test_what_it_says_it_used_is_at_most_what_there_is(self, name: str) -> None:
+        problem = problem_of("mlp@0.1")
+        states = [update.state for update in trained("mlp@0.1")]
+        found = aligner(name)(problem, states, 0, generator=stream())
+        assert 0 <= found.server_examples <= len(problem.data)
+        unlabelled = replace(problem, data=Examples(problem.data.images, torch.zeros_like(problem.data.labels)))
+        blind = aligner(name)(unlabelled, states, 0, generator=stream())
+        if not found.server_labels:
+            assert all(map(same, found.states, blind.states))
+        if found.server_examples == 0:
+            elsewhere = aligner(name)(replace(problem, data=blobs(60, seed=1234)), states, 0, generator=stream())
+            assert all(map(same, found.states, elsewhere.states))
+
+    def test_diagnostics_are_json(self, name: str) -> None:
+        problem = problem_of("mlp@0.1")
+        states = [update.state for update in trained("mlp@0.1")]
+        diagnostics = aligner(name)(problem, states, 0, generator=stream()).diagnostics
+        assert json.loads(json.dumps(diagnostics, allow_nan=False)) == diagnostics
 
     def test_one_model_is_its_own_alignment(self, name: str) -> None:
         problem = problem_of("mlp@0.1")
@@ -123,25 +147,10 @@ def test_correlations_are_pearsons_and_zero_for_dead_units() -> None:
     samples = torch.randn(50, 6, generator=stream(), dtype=torch.float64)
     samples[:, 0] = 2.0
     joint = torch.cov(samples.T, correction=0)
-    found = correlation(Moments(50, joint[:3, 3:], joint[:3, :3], joint[3:, 3:]))
+    found = correlation(Moments(50, joint[:3, 3:], joint[:3, :3], joint[3:, 3:], *samples.mean(0).reshape(2, 3)))
     expected = torch.corrcoef(samples[:, 1:].T)[:2, 2:]
     torch.testing.assert_close(found[1:], expected)
     assert found[0].tolist() == [0.0, 0.0, 0.0]
-
-
-def test_auto_is_never_worse_than_no_alignment_on_validation() -> None:
-    for shared in (True, False):
-        problem = problem_of("mlp@0.2", server_examples=100)
-        states = [update.state for update in trained("mlp@0.2", shared=shared)]
-        found = Auto()(problem, states, 0, generator=stream())
-        losses = found.diagnostics["validation-losses"]
-        assert set(losses) == {"identity", "activations"}
-        chosen = evaluate(problem.model, [mean_state(found.states)], problem.validation).loss
-        assert chosen == pytest.approx(min(losses.values()))
-        kept = evaluate(
-            problem.model, [mean_state(Identity()(problem, states, 0, generator=stream()).states)], problem.validation
-        )
-        assert chosen <= kept.loss
 
 
 def test_alignment_brings_independent_models_together() -> None:

@@ -85,6 +85,23 @@ def test_numbers_and_sizes_of_changes_are_checked() -> None:
         rebase(state, [space], [Permutation(torch.tensor([1, 0]))])
 
 
+def test_a_block_of_a_tensor_is_indexed_and_the_rest_is_left() -> None:
+    axis = Axis("w", 1, start=1, within=(0, 2, 4))
+    tensor = torch.arange(20.0).reshape(5, 4)
+    found = units_first(tensor, axis, 3)
+    assert found.shape == (3, 1, 2)
+    assert found[:, 0].T.tolist() == tensor[2:4, 1:].tolist()
+    changed = tensor.clone()
+    put_units_first(changed, axis, 3, found.flip(0))
+    assert changed[2:4].tolist() == [[8.0, 11.0, 10.0, 9.0], [12.0, 15.0, 14.0, 13.0]]
+    assert torch.equal(changed[[0, 1, 4]], tensor[[0, 1, 4]])
+
+
+def test_a_block_is_of_another_dimension_than_the_units() -> None:
+    with pytest.raises(ValueError, match="another dimension than 1 of 'w'"):
+        Axis("w", 1, within=(1, 0, 2))
+
+
 @pytest.mark.parametrize(
     ("axis", "expected"),
     [

@@ -27,7 +27,8 @@ def test_the_readmes_table_is_the_experiments() -> None:
 
 @pytest.mark.parametrize("name", [*ALIGNERS, *MERGERS])
 def test_every_method_is_documented(name: str) -> None:
-    assert f"| `{name}` |" in METHODS
+    rows = [line.split("|")[1] for line in METHODS.splitlines() if line.startswith("| `")]
+    assert any(f"`{name}`" in row for row in rows)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

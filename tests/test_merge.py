@@ -15,11 +15,13 @@ from fedmerge.merge.best import BestClient, best_client
 from fedmerge.merge.descent import Candidate, Weights, descend, split_state
 from fedmerge.merge.finetune import FineTune, fresh_state
 from fedmerge.merge.nonuniform import GROUPS, AffineMixture, NPMerge, PairwiseNPMerge, SigmoidPair
+from fedmerge.merge.objective import Objective
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Merger, Problem, Update
 from fedmerge.train import batches, evaluate
 
-LEARNED = ["np", "np-pairwise", "finetune", "best-client-finetune", "server-only"]
+DISTILLED = ["np-distill", "finetune-distill", "best-client-distill", "fresh-distill"]
+LEARNED = ["np", "np-pairwise", "finetune", "best-client-finetune", "server-only", *DISTILLED]
 
 
 def merger(name: str) -> Merger:
@@ -87,14 +89,16 @@ class TestEveryMerger:
         assert found.uses_clients is (name != "server-only")
 
 
-@pytest.mark.parametrize("name", ["fedavg", "mean", "np", "np-pairwise", "best-client", "ensemble"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", "mean", "mean-head", "np", "np-distill", "np-pairwise", "best-client", "ensemble-counts"]
+)
 def test_one_model_is_returned_as_it_is(name: str) -> None:
     problem = problem_of("mlp@0.1")
     (update,) = trained("mlp@0.1", 1)
     assert same(merger(name)(problem, [update], generator=stream()).state, dict(update.state))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "mean", "np", "np-pairwise", "best-client"])
+@pytest.mark.parametrize("name", ["fedavg", "mean", "mean-head", "np", "np-distill", "np-pairwise", "best-client"])
 @pytest.mark.parametrize("architecture", ["mlp@0.1", "resnet20@0.25"])
 def test_equal_models_merge_to_themselves(name: str, architecture: str) -> None:
     problem = problem_of(architecture, server_examples=60 if architecture.startswith("mlp") else 20)
@@ -144,11 +148,13 @@ def test_the_best_client_has_the_least_loss_on_the_server() -> None:
 @pytest.mark.parametrize("examples", [60, 600])
 def test_a_learned_merge_is_never_chosen_worse_than_its_start(name: str, examples: int) -> None:
     problem = problem_of("mlp@0.1", server_examples=examples)
-    found = merger(name)(problem, trained("mlp@0.1"), generator=stream())
+    updates = trained("mlp@0.1")
+    found = merger(name)(problem, updates, generator=stream())
     for stage in found.diagnostics.get("pairs", [found.diagnostics]):
         assert stage["validation-loss"] <= stage["start-loss"]
     if examples == 600 and "pairs" not in found.diagnostics:
-        kept = evaluate(problem.model, found.states, problem.validation).loss
+        judge = problem if name not in DISTILLED else Objective(targets="hard").teach(problem, updates)
+        kept = evaluate(problem.model, found.states, judge.validation).loss
         assert kept == pytest.approx(found.diagnostics["validation-loss"])
 
 

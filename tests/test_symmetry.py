@@ -1,11 +1,12 @@
 import pytest
 import torch
+from invariance import changed_by_one_side, outputs, permutations, random_state
 from torch import Tensor, fx, nn
 
-from fedmerge.basis import Permutation, rebase
+from fedmerge.basis import rebase
 from fedmerge.models import create
 from fedmerge.rules import RULES
-from fedmerge.spaces import Axis, Space, UnsupportedOperation
+from fedmerge.spaces import Axis, UnsupportedOperation
 from fedmerge.symmetry import symmetry
 from fedmerge.trace import Trace
 
@@ -22,29 +23,6 @@ KNOWN = [
     ("mobilenet_v2", (3, 32, 32), 25),
     ("squeezenet1_1", (3, 64, 64), 25),
 ]
-
-
-def random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights and statistics without ties; variances are positive."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            positive = name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight"))
-            state[name] = noise.abs() + 0.5 if positive else noise / max(1, tensor[0].numel()) ** 0.5
-        else:
-            state[name] = tensor.clone()
-    return state
-
-
-def outputs(model: nn.Module, state: dict[str, Tensor], images: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = torch.func.functional_call(model, state, (images,))
-    return found
-
-
-def permutations(spaces: tuple[Space, ...], generator: torch.Generator) -> list[Permutation]:
-    return [Permutation(torch.randperm(space.size, generator=generator)) for space in spaces]
 
 
 @pytest.mark.parametrize(("name", "shape", "least"), KNOWN)
@@ -68,12 +46,9 @@ def test_permuting_one_side_only_changes_the_outputs(side: str) -> None:
     spaces = symmetry(model, torch.zeros(1, 1, 16, 16))
     state = random_state(model, generator)
     images = torch.randn(2, 1, 16, 16, generator=generator, dtype=torch.float64)
+    before = outputs(model, state, images)
     for space in spaces:
-        kept = {"writers": (), "readers": (), "elementwise": ()} | {side: getattr(space, side)}
-        half = Space(space.size, site=space.site, **kept)
-        renamed = rebase(state, [half], [Permutation(torch.arange(space.size).roll(1))])
-        changed = (outputs(model, renamed, images) - outputs(model, state, images)).abs().max()
-        assert changed > 1e-6 * outputs(model, state, images).abs().max()
+        assert changed_by_one_side(model, state, space, side, images, before) > 1e-6
 
 
 def test_resnet20_has_its_twelve_known_spaces() -> None:
@@ -236,6 +211,9 @@ def test_a_wrong_rule_is_found_out() -> None:
     model = nn.Sequential(nn.Linear(2, 4), Ramp(), nn.Linear(4, 2))
     with pytest.raises(UnsupportedOperation, match="are wrong"):
         symmetry(model, torch.zeros(1, 2), rules={**RULES, Ramp: wrong})
+    nn.init.zeros_(model.get_parameter("2.weight"))  # as a vision transformer's head starts
+    with pytest.raises(UnsupportedOperation, match="are wrong"):
+        symmetry(model, torch.zeros(1, 2), rules={**RULES, Ramp: wrong})
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -245,3 +223,19 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training
     assert next(model.parameters()).dtype == torch.float32
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_units_are_observed_at_their_last_node_before_pooling() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    model.append(nn.Linear(4, 2))
+    (space,) = symmetry(model, torch.zeros(1, 1, 4, 4))
+    assert (space.site.node, space.site.dim, space.site.index) == ("_2", 1, (0, 1, 2, 3))
+
+
+def test_a_model_that_does_not_run_in_double_precision_is_refused() -> None:
+    class Single(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs @ torch.ones(2, 2, dtype=torch.float32)
+
+    with pytest.raises(UnsupportedOperation, match=r"does not run on an example of shape \(1, 2\) and torch.float64"):
+        symmetry(Single(), torch.zeros(1, 2))

@@ -3,6 +3,9 @@
 FedAvg: McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learning of Deep Networks from
 Decentralized Data, AISTATS 2017, arXiv 1602.05629. Unlike it, and unlike Flower's, integer buffers are not averaged
 (they are the first client's), and BatchNorm statistics are re-estimated on the server's images, if it has any.
+
+The last layer may be averaged differently: its row of class c knows that class from one client's data, so it is
+weighted by how many examples of the class a client has.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ import torch
 from torch import Tensor
 
 from fedmerge.calibrate import calibrate, has_statistics
+from fedmerge.merge.heads import best_scale, find_head, head_rows, scaled_logits
+from fedmerge.merge.teacher import SMOOTHING, check_smoothing, class_weights, known_counts
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.state import StateDict
+from fedmerge.train import predict
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,22 @@ class Average:
     Attributes:
         weights: "examples" (FedAvg: by the clients' numbers of examples) or "uniform".
         calibrate: re-estimate BatchNorm statistics on the server's images; otherwise they are averaged too.
+        head: how the last layer's rows are weighted: "body" (as all the rest) or "counts" (by the clients' label
+            counts).
+        smoothing: examples added to each label count, at least 0.
+        temperature: divide the logits by the temperature that has the least loss on validation data.
     """
 
     weights: str = "uniform"
     calibrate: bool = True
+    head: str = "body"
+    smoothing: float = SMOOTHING
+    temperature: bool = False
 
     def __post_init__(self) -> None:
+        if self.head not in ("body", "counts"):
+            raise ValueError(f"head must be 'body' or 'counts', got {self.head!r}")
+        check_smoothing(self.smoothing)
         if self.weights not in ("examples", "uniform"):
             raise ValueError(f"weights must be 'examples' or 'uniform', got {self.weights!r}")
 
@@ -42,12 +58,47 @@ class Average:
         generator: torch.Generator,
     ) -> Merged:
         """Average the updates."""
+        states = [update.state for update in updates]
         shares = [float(update.num_examples) if self.weights == "examples" else 1.0 for update in updates]
-        merged = mean_state([update.state for update in updates], shares)
-        if not (self.calibrate and has_statistics(problem.model)):
-            return Merged((merged,))
-        images = problem.learn.images
-        return Merged((calibrate(problem.model, merged, images),), server_examples=len(images))
+        merged = mean_state(states, shares)
+        if self.head == "counts" and len(updates) > 1:
+            merged |= mean_head(problem, updates, self.smoothing)
+        used = Merged((merged,))
+        if self.calibrate and has_statistics(problem.model):
+            images = problem.learn.images
+            used = Merged((calibrate(problem.model, merged, images),), server_examples=len(images))
+        if self.temperature and problem.may_choose and len(updates) > 1:
+            return _with_temperature(problem, used.state)
+        return used
+
+
+def mean_head(problem: Problem, updates: Sequence[Update], smoothing: float) -> dict[str, Tensor]:
+    """Return the mean of the clients' heads, each row weighted by the clients' counts of its class.
+
+    Args:
+        problem: the architecture.
+        updates: the clients', with label counts.
+        smoothing: examples added to each count.
+
+    Raises:
+        ConfigurationError: if a client keeps its counts to itself, or the architecture has no head.
+    """
+    counts = torch.tensor(known_counts(updates, "a head weighted by counts"), dtype=torch.float64)
+    states = [update.state for update in updates]
+    head = find_head(problem.model, states[0], problem.data.images.shape[1:])
+    return head_rows(states, head, class_weights(counts, smoothing))
+
+
+def _with_temperature(problem: Problem, state: StateDict) -> Merged:
+    images, labels = problem.validation.images, problem.validation.labels
+    scale = best_scale(predict(problem.model, state, images), labels)
+    head = find_head(problem.model, state, images.shape[1:])
+    return Merged(
+        (scaled_logits(problem.model, state, head, scale, images),),
+        server_examples=len(problem.data),
+        server_labels=not problem.blind,
+        diagnostics={"temperature": 1 / scale},
+    )
 
 
 def mean_state(states: Sequence[StateDict], weights: Sequence[float] | None = None) -> dict[str, Tensor]:

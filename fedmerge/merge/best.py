@@ -27,14 +27,15 @@ class BestClient:
         state = {name: tensor.clone() for name, tensor in updates[chosen].state.items()}
         diagnostics = {"client": updates[chosen].partition_id, "validation-losses": losses}
         judged = len(problem.validation) if losses else 0
-        return Merged((state,), server_examples=judged, server_labels=bool(losses), diagnostics=diagnostics)
+        by_labels = bool(losses) and not problem.blind
+        return Merged((state,), server_examples=judged, server_labels=by_labels, diagnostics=diagnostics)
 
 
 def best_client(problem: Problem, updates: Sequence[Update]) -> tuple[int, list[float]]:
     """Return the index of the best client, and all clients' validation losses.
 
-    Nothing is fitted here, so below 500 examples all of them judge. Below 50 examples there is no choice: it is the
-    client with the most examples of its own, and there are no losses.
+    Nothing is fitted here, so below 500 examples all of them judge. Below 50 examples, or where their classes are
+    not known, there is no choice: it is the client with the most examples of its own, and there are no losses.
 
     Args:
         problem: the server's side.

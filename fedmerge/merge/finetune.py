@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.best import best_client
-from fedmerge.merge.descent import Candidate, Schedule, Weights, check_budget, learn, split_state
+from fedmerge.merge.descent import Candidate, Schedule, Weights, check_budget, split_state
+from fedmerge.merge.learning import learn
+from fedmerge.merge.objective import Objective
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.seeds import default_generator, fork
 
@@ -19,8 +21,8 @@ STARTS = ("mean", "best", "fresh")
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """Train all weights on the server's examples.
+class FineTune(Objective):
+    """Train all weights on the server's examples; the options of `Objective` say what for.
 
     Attributes:
         start: "mean" (of the clients), "best" (client), or "fresh" (a new initialisation: server-only training).
@@ -33,18 +35,21 @@ class FineTune:
     steps: int = Schedule.steps
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Fine-tune from the start."""
+        problem = self.teach(problem, updates)
         start = self._start(problem, updates, generator)
         parameters, buffers = split_state(problem, start)
         candidates = [Candidate({"start": self.start}, lr, lambda: Weights(parameters)) for lr in self.lrs]
-        schedule = Schedule(steps=self.steps)
+        schedule = Schedule(steps=self.steps, augment=self.augment)
         found = learn(problem, candidates, buffers, schedule, generator=generator, task="fine-tuning")
-        return replace(found, uses_clients=self.start != "fresh")
+        uses_clients = self.start != "fresh" or problem.taught
+        return replace(found, uses_clients=uses_clients, diagnostics={**self.description, **found.diagnostics})
 
     def _start(self, problem: Problem, updates: Sequence[Update], generator: torch.Generator) -> dict[str, Tensor]:
         if self.start == "mean":

@@ -4,177 +4,208 @@ Orozco Camacho, Horoi, Wolf, Belilovsky: Non-Uniform Parameter-Wise Model Mergin
 two models as W = α ⊙ W_A + (1 − α) ⊙ W_B, α = σ(a), with a learned by gradient descent, and more than two by successive
 pairs: `PairwiseNPMerge`. `NPMerge` joins all K models at once, θ = Σ_k α_k ⊙ θ_k with Σ_k α_k = 1 and no bounds; two
 models then are a pair without the sigmoid. It also ties coefficients by output channel, tensor or model, which is what
-few examples want; between channels and parameters validation chooses.
+few examples want; between channels and parameters validation chooses. Other forms, starts and groups are its options.
 
 No autograd graph runs through the merge: dL/dα_k = θ_k ⊙ dL/dθ, summed over what is tied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from fedmerge.calibrate import calibrate
 from fedmerge.merge.average import mean_state
-from fedmerge.merge.descent import Candidate, Schedule, check_budget, learn, split_state
+from fedmerge.merge.best import best_client
+from fedmerge.merge.coordinates import Coordinates
+from fedmerge.merge.descent import Candidate, Schedule, check_budget, split_state
+from fedmerge.merge.learning import learn
+from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, SigmoidPair
+from fedmerge.merge.objective import Objective
+from fedmerge.merge.starts import STARTS, Start, starting
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.state import StateDict
+from fedmerge.train import evaluate
 
-GROUPS = ("model", "tensor", "channel", "parameter")
+FORMS = ("affine", "shrink", "box", "simplex", "free")
+ORDERS = ("given", "best-first", "tree")
+PACES = (20, 60)
+"""Steps after which coarse-to-fine coefficients get finer; the protocol chooses."""
+
+__all__ = ["FORMS", "GROUPS", "ORDERS", "STARTS", "AffineMixture", "NPMerge", "PairwiseNPMerge", "SigmoidPair"]
 
 
 @dataclass(frozen=True)
-class NPMerge:
-    """Joint K-way NP Merge with affine coefficients, Σ_k α_k = 1.
+class NPMerge(Objective):
+    """Joint K-way NP Merge; the options of `Objective` say what is learned from.
 
     Attributes:
-        groups: what shares a coefficient: "model", "tensor", "channel" (of the output), "parameter", or "auto", which
-            chooses between the last two.
+        groups: what shares a coefficient: "model", "tensor", "channel" (of the output), "parameter"; "in-out": the sum
+            of a number for the output channel and one for the input channel; "coarse-to-fine": tensor, and after some
+            steps channel and parameter; or "auto", which chooses between channel and parameter.
         lrs: Adam's learning rates to choose from, in units of α; the first is the default.
         steps: most steps.
+        form: "affine" (Σ_k α_k = 1), "shrink" (affine times a learned factor), "box" (affine, low ≤ α ≤ high),
+            "simplex" (box from 0 to 1), or "free".
+        low: least α of a box, at most 1/K.
+        high: greatest α of a box, at least 1/K.
+        start: α before the first step: "mean" (1/K), "examples" (FedAvg's), "counts" (FedAvg's, in the last layer's
+            rows by label counts) or "best" (`best_share` for the best client, the rest for the others alike).
+        best_share: the best client's α at the start "best", in [0, 1].
+        decay: pull toward the start, as a share of the learning rate (AdamW's weight decay).
+        average: take the mean of the coefficients over the last steps, not the last ones.
     """
 
     groups: str = "auto"
     lrs: tuple[float, ...] = (1e-2, 3e-3, 3e-2)
     steps: int = Schedule.steps
+    form: str = "affine"
+    low: float = -1.0
+    high: float = 2.0
+    start: str = "mean"
+    best_share: float = 0.6
+    decay: float = 0.0
+    average: bool = False
 
     def __post_init__(self) -> None:
-        if self.groups not in ("auto", *GROUPS):
-            raise ValueError(f"groups must be auto or one of {', '.join(GROUPS)}, got {self.groups!r}")
+        super().__post_init__()
+        groups = (*GROUPS, "in-out", "coarse-to-fine")
+        if self.groups not in ("auto", *groups):
+            raise ValueError(f"groups must be auto or one of {', '.join(groups)}, got {self.groups!r}")
+        for name, names in (("form", FORMS), ("start", STARTS)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+        if not 0 <= self.best_share <= 1:
+            raise ValueError(f"best_share must be in [0, 1], got {self.best_share}")
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"decay must be at least 0, got {self.decay}")
+        if self.form in ("box", "simplex"):
+            coarse = self.groups in ("model", "tensor") and self.start == "counts"
+            if coarse or self.groups in ("in-out", "coarse-to-fine"):
+                raise ValueError(
+                    f"form={self.form} bounds each coefficient by itself, and groups={self.groups} with "
+                    f"start={self.start} make it of several numbers; use groups=channel or parameter"
+                )
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
-        """Learn the coefficients, from the uniform mean."""
+        """Learn the coefficients."""
         states = [update.state for update in updates]
         if len(states) == 1:
             return Merged(({name: tensor.clone() for name, tensor in states[0].items()},))
-        mean = mean_state(states)
-        start, buffers = split_state(problem, mean)
-        deviations = {name: torch.stack([state[name] - start[name] for state in states]) for name in start}
+        problem = self.teach(problem, updates)
+        start = starting(self.start, problem, updates, best_share=self.best_share, smoothing=self.smoothing)
+        if self.bounds is not None:
+            start = start.within(*self.bounds)
+        first = start.state(states)
+        _, buffers = split_state(problem, first)
         candidates = [
-            Candidate({"groups": groups}, lr, lambda groups=groups: AffineMixture(start, deviations, groups))  # type: ignore[misc]
+            Candidate({"groups": groups} | ({"pace": pace} if pace else {}), lr, make)
             for groups in (("channel", "parameter") if self.groups == "auto" else (self.groups,))
+            for pace in (PACES if groups == "coarse-to-fine" else (0,))
+            for make in [self._mixture(problem, states, start, groups, pace)]
             for lr in self.lrs
         ]
-        schedule = Schedule(steps=self.steps)
-        return learn(problem, candidates, buffers, schedule, generator=generator, task="NP Merge")
+        schedule = Schedule(steps=self.steps, decay=self.decay, average=self.average, augment=self.augment)
+        found = learn(problem, candidates, buffers, schedule, generator=generator, task="NP Merge")
+        diagnostics = {**self.description, **found.diagnostics}
+        diagnostics["findings"] = [*_incompatible(problem, updates, first), *diagnostics["findings"]]
+        return replace(found, diagnostics=diagnostics)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and the greatest α."""
+        return {"box": (self.low, self.high), "simplex": (0.0, 1.0)}.get(self.form)
+
+    def _mixture(
+        self, problem: Problem, states: Sequence[StateDict], start: Start, groups: str, pace: int
+    ) -> Callable[[], Coordinates]:
+        parameters, _ = split_state(problem, start.state(states))
+        models = {name: torch.stack([state[name] for state in states]) for name in parameters}
+        shares = start.shares(models)
+        if self.form == "free":
+            return lambda: FreeMixture(parameters, models, groups, shares=shares, pace=pace)
+        mean = mean_state(states)
+        deviations = {name: torch.stack([state[name] - mean[name] for state in states]) for name in parameters}
+        shrinks = self.form == "shrink"
+        return lambda: AffineMixture(
+            parameters, deviations, groups, shares=shares, bounds=self.bounds, shrinks=shrinks, pace=pace
+        )
 
 
 @dataclass(frozen=True)
-class PairwiseNPMerge:
-    """The paper's NP Merge: α = σ(a) for each parameter, starting at ½; successive pairs in the clients' order.
+class PairwiseNPMerge(Objective):
+    """The paper's NP Merge: α = σ(a) for each parameter, starting at ½; successive pairs.
 
     Attributes:
         lrs: Adam's learning rates to choose from, in units of a; the first is the default.
         steps: most steps for each pair.
+        order: "given" (the clients'), "best-first" (by validation loss; most examples first where nothing can be
+            chosen), or "tree": neighbours in pairs, then their results in pairs, and so on.
     """
 
     lrs: tuple[float, ...] = (3e-2, 1e-1, 3e-1)
     steps: int = Schedule.steps
+    order: str = "given"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
-        """Merge the first two models, then the result with the third, and so on."""
-        merged = Merged(({name: tensor.clone() for name, tensor in updates[0].state.items()},))
-        pairs = []
-        for update in updates[1:]:
-            merged = self._pair(problem, merged.state, update.state, generator)
-            pairs.append(dict(merged.diagnostics))
-        return replace(merged, diagnostics={"pairs": pairs})
+        """Merge the first two models, then the result with the third, and so on; or neighbours, level by level."""
+        if len(updates) > 1:
+            problem = self.teach(problem, updates)
+        queue = [Merged(({name: tensor.clone() for name, tensor in update.state.items()},)) for update in updates]
+        if self.order == "best-first":
+            queue = [queue[index] for index in ranking(problem, updates)]
+        pairs: list[dict[str, Any]] = []
+        merged = queue[0]
+        while len(queue) > 1:
+            level: list[Merged] = []
+            for place in range(0, len(queue) - 1, 2) if self.order == "tree" else [0]:
+                merged = self._pair(problem, queue[place].state, queue[place + 1].state, generator)
+                pairs.append(dict(merged.diagnostics))
+                level.append(merged)
+            queue = level + queue[2 * len(level) :]
+        return replace(merged, diagnostics={**self.description, "pairs": pairs})
 
     def _pair(self, problem: Problem, first: StateDict, second: StateDict, generator: torch.Generator) -> Merged:
         _, buffers = split_state(problem, mean_state([first, second]))
         ours, _ = split_state(problem, first)
         theirs, _ = split_state(problem, second)
         candidates = [Candidate({}, lr, lambda: SigmoidPair(ours, theirs)) for lr in self.lrs]
-        schedule = Schedule(steps=self.steps)
+        schedule = Schedule(steps=self.steps, augment=self.augment)
         return learn(problem, candidates, buffers, schedule, generator=generator, task="NP Merge of a pair")
 
 
-class AffineMixture:
-    """θ = θ̄ + Σ_k β_k ⊙ (θ_k − θ̄), which is Σ_k α_k ⊙ θ_k with α_k = 1/K + β_k − mean(β), so that Σ_k α_k = 1.
-
-    The gradient is that of α_k while the other models make room equally: K/(K − 1) · (θ_k − θ̄) ⊙ dL/dθ. For two models
-    it is (θ_A − θ_B) ⊙ dL/dθ, the pair's.
+def ranking(problem: Problem, updates: Sequence[Update]) -> list[int]:
+    """Return the clients' indices, the best first.
 
     Args:
-        mean: θ̄ by parameter name.
-        deviations: θ_k − θ̄ by parameter name, (models, …).
-        groups: one of `GROUPS`.
+        problem: the server's side.
+        updates: at least one.
     """
-
-    def __init__(self, mean: Mapping[str, Tensor], deviations: Mapping[str, Tensor], groups: str) -> None:
-        self.mean = mean
-        self.deviations = deviations
-        self.groups = groups
-        num_models, device = next((len(tensor), tensor.device) for tensor in deviations.values())
-        self.factor = num_models / (num_models - 1)
-        if groups == "model":
-            dtype = next(iter(mean.values())).dtype
-            self.values = [torch.zeros(num_models, dtype=dtype, device=device)]
-        else:
-            self.values = [tensor.new_zeros(_tied_shape(tensor.shape, groups)) for tensor in deviations.values()]
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the mixture."""
-        return {
-            name: self.mean[name] + (coefficients * tensor).sum(0)
-            for coefficients, (name, tensor) in zip(self._spread(), self.deviations.items(), strict=True)
-        }
-
-    def pull_back(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the gradients of β, summed over what is tied."""
-        products = [self.factor * tensor * gradients[name] for name, tensor in self.deviations.items()]
-        if self.groups == "model":
-            return [torch.stack([product.flatten(1).sum(1) for product in products]).sum(0)]
-        return [product.sum_to_size(value.shape) for product, value in zip(products, self.values, strict=True)]
-
-    def coefficients(self) -> dict[str, Tensor]:
-        """Return α by parameter name: (models, …), broadcastable to the parameters."""
-        names = list(self.deviations)
-        return {name: 1 / len(beta) + beta - beta.mean(0) for name, beta in zip(names, self._spread(), strict=True)}
-
-    def _spread(self) -> list[Tensor]:
-        if self.groups != "model":
-            return self.values
-        (value,) = self.values
-        return [value.reshape(-1, *[1] * (tensor.ndim - 1)) for tensor in self.deviations.values()]
+    _, losses = best_client(problem, updates)
+    worth = losses or [-float(update.num_examples) for update in updates]
+    return sorted(range(len(updates)), key=lambda index: worth[index])
 
 
-class SigmoidPair:
-    """θ = σ(a) ⊙ A + (1 − σ(a)) ⊙ B, from a = 0.
-
-    Args:
-        first: A by parameter name.
-        second: B by parameter name.
-    """
-
-    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-        self.first = first
-        self.second = second
-        self.values = [torch.zeros_like(tensor) for tensor in first.values()]
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the mixture."""
-        return {
-            name: torch.lerp(self.second[name], tensor, value.sigmoid())
-            for value, (name, tensor) in zip(self.values, self.first.items(), strict=True)
-        }
-
-    def pull_back(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return (A − B) ⊙ dL/dθ ⊙ σ(a)(1 − σ(a))."""
-        found = []
-        for value, (name, tensor) in zip(self.values, self.first.items(), strict=True):
-            share = value.sigmoid()
-            found.append((tensor - self.second[name]) * gradients[name] * share * (1 - share))
-        return found
-
-
-def _tied_shape(shape: Sequence[int], groups: str) -> tuple[int, ...]:
-    """Return the shape (models, …) of the coefficients of a stack of parameters."""
-    kept = {"tensor": 1, "channel": 2, "parameter": len(shape)}[groups]
-    return tuple(size if dim < kept else 1 for dim, size in enumerate(shape))
+def _incompatible(problem: Problem, updates: Sequence[Update], start: StateDict) -> list[str]:
+    """Say so, if the start of the merge classifies fewer validation images correctly than every client."""
+    if not problem.may_choose:
+        return []
+    model, data = problem.model, problem.validation
+    mixed = evaluate(model, [calibrate(model, start, problem.learn.images)], data).accuracy
+    worst = min(evaluate(model, [update.state], data).accuracy for update in updates)
+    if mixed >= worst:
+        return []
+    return [
+        f"incompatible models: their mixture starts at an accuracy of {mixed:.3f}, the worst client has {worst:.3f}"
+    ]

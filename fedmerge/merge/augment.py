@@ -1,0 +1,47 @@
+"""Augmentation of the server's images: shifted and mirrored copies in place of the images themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AUGMENTATIONS = ("none", "shifts", "flips", "both")
+SHIFT_SHARE = 1 / 14
+"""The longest shift, as a share of the image's side: two pixels of 28."""
+
+
+def augmented(images: Tensor, augment: str, generator: torch.Generator) -> Tensor:
+    """Return the images, each shifted by whole pixels or mirrored left to right by chance.
+
+    What a shift uncovers repeats the image's border.
+
+    Args:
+        images: (examples, channels, height, width).
+        augment: one of `AUGMENTATIONS`.
+        generator: decides the shifts and the mirrored images.
+
+    Raises:
+        ValueError: if they are not images.
+    """
+    if augment == "none":
+        return images
+    if images.ndim != 4:
+        raise ValueError(f"augment={augment} needs images (examples, channels, height, width), got {images.ndim} axes")
+    count, _, height, width = images.shape
+    rows, columns = torch.arange(height).repeat(count, 1), torch.arange(width).repeat(count, 1)
+    if augment in ("shifts", "both"):
+        rows = _shifted(rows, generator)
+        columns = _shifted(columns, generator)
+    if augment in ("flips", "both"):
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    vertically = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return vertically.gather(3, columns[:, None, None, :].expand_as(images))
+
+
+def _shifted(places: Tensor, generator: torch.Generator) -> Tensor:
+    count, size = places.shape
+    most = max(1, round(size * SHIFT_SHARE))
+    by = torch.randint(-most, most + 1, (count, 1), generator=generator)
+    return (places + by).clamp(0, size - 1)

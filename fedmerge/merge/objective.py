@@ -1,0 +1,105 @@
+"""What a learned merge descends: labels, a teacher's targets, or both; and whether images are augmented.
+
+With a teacher's targets alone the server's data may be unlabelled. Then every choice that the protocol makes is made
+on the teacher's targets too, the reference of an alignment included: the server's labels, if there are any, have no
+part in the result.
+
+Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from fedmerge.merge.augment import AUGMENTATIONS
+from fedmerge.merge.teacher import RULES, SMOOTHING, check_smoothing, teacher_of
+from fedmerge.problem import Examples, Problem, Update
+from fedmerge.settings import ConfigurationError
+from fedmerge.train import log_probabilities
+
+TARGETS = ("labels", "soft", "sharpened", "hard", "mixed")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned from. Learned mergers inherit these options.
+
+    Attributes:
+        targets: "labels", or a teacher's: "soft" (its probabilities), "sharpened" (p^(1/temperature), normalised),
+            "hard" (its most probable class), or "mixed" (labels and soft targets).
+        teacher: how the clients' predictions are combined, one of `fedmerge.merge.teacher.RULES`.
+        temperature: of sharpened targets, greater than 0; below 1 they are sharper than the teacher.
+        smoothing: examples added to each of the clients' label counts, at least 0.
+        label_share: the labels' share in mixed targets, in [0, 1].
+        augment: what is done to the images of a step: "none", "shifts", "flips" or "both".
+    """
+
+    targets: str = "labels"
+    teacher: str = "counts-geometric"
+    temperature: float = 0.5
+    smoothing: float = SMOOTHING
+    label_share: float = 0.5
+    augment: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, names in (("targets", TARGETS), ("teacher", RULES), ("augment", AUGMENTATIONS)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if not 0 <= self.label_share <= 1:
+            raise ValueError(f"label_share must be in [0, 1], got {self.label_share}")
+        check_smoothing(self.smoothing)
+
+    @property
+    def objective(self) -> Objective:
+        """These options alone, without those of the merger that inherits them."""
+        return Objective(**{item.name: getattr(self, item.name) for item in fields(Objective)})
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What differs from learning on labels, for the diagnostics."""
+        if self.targets == "labels":
+            return {}
+        return {"targets": self.targets, "teacher": self.teacher}
+
+    def teach(self, problem: Problem, updates: Sequence[Update]) -> Problem:
+        """Return the problem with what is to be learned in place of its labels.
+
+        Args:
+            problem: the server's side; one that is taught already is returned as it is.
+            updates: the clients', whose models are the teacher.
+
+        Raises:
+            ConfigurationError: if labels or label counts are needed and not known.
+        """
+        if problem.taught:
+            return problem
+        data = problem.data
+        if self.targets in ("labels", "mixed") and not data.labelled:
+            raise ConfigurationError(
+                f"targets={self.targets} needs the classes of the server's images, and they are not known: "
+                "learn a teacher's (targets=hard; np-distill, finetune-distill)"
+            )
+        if self.targets == "labels":
+            return problem
+        teacher = teacher_of(self.teacher, updates, self.smoothing)
+        found = teacher(log_probabilities(problem.model, [update.state for update in updates], data.images))
+        classes = found.argmax(1)
+        if self.targets == "hard":
+            return replace(problem, data=Examples(data.images, classes), blind=True)
+        if self.targets == "sharpened":
+            found = (found / self.temperature).log_softmax(1)
+        targets = found.exp()
+        if self.targets == "mixed":
+            truth = functional.one_hot(data.labels, targets.shape[1])
+            targets = torch.lerp(targets, truth.to(targets), self.label_share)
+            classes = data.labels
+        data = Examples(data.images, classes, targets.to(data.images.dtype))
+        return replace(problem, data=data, blind=self.targets != "mixed")
