@@ -90,7 +90,8 @@ class TestEveryMerger:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedavg", "mean", "mean-head", "np", "np-distill", "np-pairwise", "best-client", "ensemble-counts"]
+    "name",
+    ["fedavg", "mean", "mean-head", "np", "np-distill", "np-pairwise", "best-client", "ensemble", "ensemble-counts"],
 )
 def test_one_model_is_returned_as_it_is(name: str) -> None:
     problem = problem_of("mlp@0.1")
@@ -123,6 +124,16 @@ def test_fedavg_is_the_mean_by_examples() -> None:
 def test_unusable_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="expected 2 weights"):
         mean_state([{"w": torch.zeros(1)}] * 2, weights)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "mean"])
+@pytest.mark.parametrize("examples", [60, 600])
+def test_averages_of_models_with_batch_norm_depend_on_no_label(name: str, examples: int) -> None:
+    problem, updates = problem_of("resnet20@0.25", server_examples=examples), trained("resnet20@0.25", 2)
+    garbage = replace(problem, data=Examples(problem.data.images, problem.data.labels.flip(0)))
+    first, second = (merger(name)(side, updates, generator=stream()) for side in (problem, garbage))
+    assert same(first.state, second.state)
+    assert not first.server_labels
 
 
 def test_fedavg_without_calibration_averages_the_statistics_and_needs_no_data() -> None:

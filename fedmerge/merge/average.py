@@ -65,7 +65,7 @@ class Average:
             merged |= mean_head(problem, updates, self.smoothing)
         used = Merged((merged,))
         if self.calibrate and has_statistics(problem.model):
-            images = problem.learn.images
+            images = problem.data.images  # all of them: which part is for learning depends on the labels
             used = Merged((calibrate(problem.model, merged, images),), server_examples=len(images))
         if self.temperature and problem.may_choose and len(updates) > 1:
             return _with_temperature(problem, used.state)
