@@ -30,7 +30,7 @@ MAJORITY_SHARE = 0.8
 
 
 def divide(labels: Tensor, num_clients: int, *, name: str, alpha: float, minimum: int, seed: int) -> tuple[Tensor, ...]:
-    """Divide examples among clients: each example belongs to exactly one client.
+    """Divide examples among clients: each example belongs to exactly one client (to every client, if it is "same").
 
     Args:
         labels: (examples,) integer classes, of any values.
@@ -56,10 +56,11 @@ def divide(labels: Tensor, num_clients: int, *, name: str, alpha: float, minimum
         raise ConfigurationError(f"--clients must be at least 1, got {num_clients}")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ConfigurationError(f"--alpha must be greater than 0, got {alpha}")
-    if num_clients * least > len(labels):
+    owners = 1 if name == "same" else num_clients
+    if owners * least > len(labels):
         raise ConfigurationError(
-            f"{num_clients} clients (--clients) with at least {least} images each (--min-client-examples) need "
-            f"{num_clients * least} images, but there are {len(labels)} for the clients: lower one of them"
+            f"{owners} clients (--clients) with at least {least} images each (--min-client-examples) need "
+            f"{owners * least} images, but there are {len(labels)} for the clients: lower one of them"
         )
     classes, compact = np.unique(labels.numpy(force=True), return_inverse=True)
     if name == "disjoint" and num_clients > len(classes):
@@ -187,6 +188,10 @@ def _shards(task: _Division) -> list[Tensor]:
     return [torch.cat([shards[shard] for shard in hand]) for hand in hands.tolist()]
 
 
+def _same(task: _Division) -> list[Tensor]:
+    return [torch.arange(len(task.labels))] * task.num_clients
+
+
 def _by_flower(partitioner: Partitioner, task: _Division) -> list[Tensor]:
     """Return what a partitioner of flwr-datasets makes of the labels: nothing if its draws failed."""
     from datasets import Dataset
@@ -217,6 +222,7 @@ _DEALERS: Mapping[str, tuple[str, Callable[[_Division], list[Tensor]]]] = {
         _eighty_twenty,
     ),
     "shards": (f"sorted by class, cut into equal shards; each client has {SHARDS_PER_CLIENT} of them", _shards),
+    "same": ("every client has all images: they differ in their initialisations and the order of batches", _same),
     "quantity": ("sizes ~ Dirichlet(alpha) above the minimum, the same class shares", _quantity),
 }
 

@@ -15,7 +15,8 @@ from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
 NUM_CLASSES = 8
-SKEWED = sorted(set(PARTITIONS) - {"iid", "quantity"})
+DIVISIONS = sorted(set(PARTITIONS) - {"same"})
+SKEWED = sorted(set(DIVISIONS) - {"iid", "quantity"})
 
 
 def some_labels(size: int, num_classes: int = NUM_CLASSES, seed: int = 0) -> Tensor:
@@ -40,7 +41,7 @@ def label_skew(labels: Tensor, parts: Sequence[Tensor]) -> float:
     return float((class_shares(labels, parts) - everything).abs().sum(1).mean() / 2)
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", DIVISIONS)
 @pytest.mark.parametrize(("size", "num_clients", "minimum", "seed"), [(41, 2, 5, 0), (400, 7, 10, 1), (1203, 8, 20, 2)])
 def test_every_example_belongs_to_exactly_one_client(
     name: str, size: int, num_clients: int, minimum: int, seed: int
@@ -52,13 +53,18 @@ def test_every_example_belongs_to_exactly_one_client(
     assert all(part.dtype == torch.int64 and bool((part.diff() > 0).all()) for part in parts)
 
 
+def test_clients_with_the_same_images_have_all_of_them() -> None:
+    parts = parts_of(some_labels(41), 3, name="same", minimum=41)
+    assert [part.tolist() for part in parts] == [list(range(41))] * 3
+
+
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_a_single_client_has_everything(name: str) -> None:
     (part,) = parts_of(some_labels(50), 1, name=name)
     assert torch.equal(part, torch.arange(50))
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", DIVISIONS)
 def test_the_seed_alone_decides(name: str) -> None:
     labels = some_labels(600)
     first, again, other = (torch.cat(parts_of(labels, name=name, seed=seed)) for seed in (3, 3, 4))
