@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -29,16 +30,18 @@ def problem_of(name: str, server_examples: int = 60) -> Problem:
 
 
 def trained(name: str, count: int = 3, *, shared: bool = False) -> list[Update]:
-    """Updates of clients that see two of three classes each."""
-    updates = []
-    for client in range(count):
-        model = create(name, shape=SHAPE, num_classes=3, seed=0 if shared else client)
-        examples = blobs(60 + client, seed=client, classes=(client % 3, (client + 1) % 3))
-        start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        state, _ = fit(model, start, examples, LocalTraining(epochs=4, lr=0.02), generator=generator(client, "fit"))
-        counts = tuple(examples.labels.bincount(minlength=3).tolist())
-        updates.append(Update(state, len(examples), client, counts))
-    return updates
+    """Updates of clients that see two of three classes each, fresh copies each time."""
+    updates = [_trained(name, client, shared) for client in range(count)]
+    return [replace(update, state={key: tensor.clone() for key, tensor in update.state.items()}) for update in updates]
+
+
+@functools.cache
+def _trained(name: str, client: int, shared: bool) -> Update:
+    model = create(name, shape=SHAPE, num_classes=3, seed=0 if shared else client)
+    examples = blobs(60 + client, seed=client, classes=(client % 3, (client + 1) % 3))
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state, _ = fit(model, start, examples, LocalTraining(epochs=4, lr=0.02), generator=generator(client, "fit"))
+    return Update(state, len(examples), client, tuple(examples.labels.bincount(minlength=3).tolist()))
 
 
 def shuffled(problem: Problem, update: Update, seed: int) -> Update:

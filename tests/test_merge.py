@@ -25,8 +25,9 @@ LEARNED = ["np", "np-pairwise", "finetune", "best-client-finetune", "server-only
 
 
 def merger(name: str) -> Merger:
-    steps = ":steps=40" if name in LEARNED else ""
-    found: Merger = resolve("merger", name + steps, MERGERS)
+    """Return a merger; a learned one with two candidates or little more to choose from, and few steps."""
+    budget = ":steps=40:lrs=0.01/0.001" if name in LEARNED else ""
+    found: Merger = resolve("merger", name + budget, MERGERS)
     return found
 
 
@@ -179,8 +180,8 @@ def test_a_diverging_learning_rate_falls_back_to_the_start() -> None:
 
 
 def test_np_merge_learns() -> None:
-    problem, updates = problem_of("mlp", server_examples=200), trained("mlp", shared=True)
-    found = NPMerge()(problem, updates, generator=stream())
+    problem, updates = problem_of("mlp@0.5", server_examples=500), trained("mlp@0.5", shared=True)
+    found = NPMerge(lrs=(1e-2,))(problem, updates, generator=stream())
     mean = mean_state([update.state for update in updates])
     test = blobs(400, seed=77)
     assert evaluate(problem.model, found.states, test).loss < evaluate(problem.model, [mean], test).loss
@@ -199,7 +200,9 @@ def test_all_learned_methods_have_the_same_budget() -> None:
     """As many candidates to choose from, and as many steps each, for ours as for every control."""
     problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1", 2)
     tried = {
-        name: merger(name)(problem, updates, generator=stream()).diagnostics["candidates"]
+        name: resolve("merger", f"{name}:steps=20", MERGERS)(problem, updates, generator=stream()).diagnostics[
+            "candidates"
+        ]
         for name in ("np", "finetune", "best-client-finetune", "server-only")
     }
     assert set(tried.values()) == {6}

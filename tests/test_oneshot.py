@@ -11,7 +11,7 @@ from fedmerge.state import MalformedState
 
 def test_the_order_of_updates_does_not_matter() -> None:
     problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1")
-    for merge in ("fedavg", "np:steps=40", "np-pairwise:steps=40", "best-client"):
+    for merge in ("fedavg", "np:steps=20:lrs=0.01", "np-pairwise:steps=20:lrs=0.1", "best-client"):
         forward = merge_updates(problem, updates, align="auto", merge=merge, seed=3)
         backward = merge_updates(problem, updates[::-1], align="auto", merge=merge, seed=3)
         assert same(forward.merged.state, backward.merged.state)
@@ -20,9 +20,10 @@ def test_the_order_of_updates_does_not_matter() -> None:
 def test_one_alignment_serves_many_merges_with_the_same_bits() -> None:
     problem, updates = problem_of("cnn@0.1"), trained("cnn@0.1")
     alignment = align_updates(problem, updates, align="activations", seed=1)
-    merge_aligned(problem, alignment, merge="np:steps=40", seed=1)
-    shared = merge_aligned(problem, alignment, merge="finetune:steps=40", seed=1)
-    alone = merge_updates(problem, updates, align="activations", merge="finetune:steps=40", seed=1)
+    finetune = "finetune:steps=20:lrs=0.01"
+    merge_aligned(problem, alignment, merge="np:steps=20:lrs=0.01", seed=1)
+    shared = merge_aligned(problem, alignment, merge=finetune, seed=1)
+    alone = merge_updates(problem, updates, align="activations", merge=finetune, seed=1)
     assert same(shared.merged.state, alone.merged.state)
 
 
