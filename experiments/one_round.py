@@ -9,20 +9,13 @@ experiments/expected/one_round.json and the figures to docs/figures/.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from fedmerge.runs import Run
-from fedmerge.summary import Row, summarize
+from _run import FIGURES, compare, holds, main, mean_of, rows_of, write
+
 from fedmerge.tables import markdown_table
 
-HERE = Path(__file__).parent
 OURS = "activations+np"
 FAILING = ("fedavg", "mean", "activations+mean")
 LEAST_GAIN = 0.05
@@ -34,62 +27,29 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Run the experiment at the size asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=COMMANDS, default="full")
-    parser.add_argument("--out", type=Path, help="run folder; one that is there already is gone on with")
-    arguments = parser.parse_args()
-    command = COMMANDS[arguments.size]
-    with tempfile.TemporaryDirectory() as temporary:
-        out = arguments.out or Path(temporary) / "run"
-        resume = ["--resume", "--out", str(out)] if (out / "config.json").exists() else ["--out", str(out)]
-        words = [] if len(resume) == 3 else shlex.split(command)[2:]
-        subprocess.run([sys.executable, "-m", "fedmerge", "compare", *words, *resume], check=True)
-        run = Run.open(out)
-        rows = {row.method: row for row in summarize(run.results(), run.settings["seeds"])}
-        check(rows)
-        if arguments.size == "full":
-            write(run, command, rows)
-
-
-def check(rows: dict[str, Row]) -> None:
-    """Assert the claim: NP Merge of aligned models is well above every average.
+def one_round(size: str, out: Path) -> None:
+    """Run, assert, and at full size write what the README quotes.
 
     Args:
-        rows: by method.
+        size: "full" or "smoke".
+        out: folder for the run.
     """
-    ours = rows[OURS].mean
-    assert ours is not None, f"{OURS} did not finish: {rows[OURS].errors}"
-    for method in FAILING:
-        theirs = rows[method].mean
-        assert theirs is not None, f"{method} did not finish: {rows[method].errors}"
-        assert ours > theirs + LEAST_GAIN, f"{OURS} reached {ours:.3f}, {method} {theirs:.3f}"
-    print(f"holds: {OURS} {ours:.3f}, " + ", ".join(f"{method} {rows[method].mean:.3f}" for method in FAILING))
-
-
-def write(run: Run, command: str, rows: dict[str, Row]) -> None:
-    """Write the expected results and the figures.
-
-    Args:
-        run: the finished run.
-        command: that made it.
-        rows: by method.
-    """
-    content = {
-        "command": command,
-        "versions": {name: text for name, text in run.settings["versions"].items() if name != "platform"},
-        "accuracy": {method: list(row.accuracies.values()) for method, row in rows.items()},
-        "table": markdown_table(list(rows.values())).splitlines(),
-    }
-    figures = HERE.parent / "docs" / "figures"
-    for folder in (HERE / "expected", figures):
-        folder.mkdir(parents=True, exist_ok=True)
-    (HERE / "expected" / "one_round.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in ("accuracy", "labels", "classes"):
-        shutil.copy(run.path / "figures" / f"{name}.png", figures / f"{name}.png")
-    print(markdown_table(list(rows.values())))
+    run = compare(COMMANDS[size], out / "one-round")
+    rows = rows_of(run)
+    ours, *theirs = [(method, mean_of(rows, method)) for method in (OURS, *FAILING)]
+    assert all(ours[1] > accuracy + LEAST_GAIN for _, accuracy in theirs), f"{ours} is not above {theirs}"
+    holds("aligned NP Merge is well above every average", [ours, *theirs])
+    if size == "full":
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        for name in ("accuracy", "labels", "classes"):
+            shutil.copy(run.path / "figures" / f"{name}.png", FIGURES / f"{name}.png")
+        content = {
+            "command": COMMANDS[size],
+            "accuracy": {method: list(row.accuracies.values()) for method, row in rows.items()},
+            "table": markdown_table(list(rows.values())).splitlines(),
+        }
+        write("one_round", content, run)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, one_round)

@@ -1,0 +1,88 @@
+"""What the experiments share: runs of `fedmerge` that are gone on with, and the files that documents quote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmerge.runs import Run
+from fedmerge.summary import Row, summarize
+
+HERE = Path(__file__).parent
+EXPECTED = HERE / "expected"
+FIGURES = HERE.parent / "docs" / "figures"
+
+Rows = Mapping[str, Row]
+"""What a run found out, by method."""
+
+
+def main(description: str | None, experiment: Callable[[str, Path], None]) -> None:
+    """Run an experiment from the command line.
+
+    Args:
+        description: the script's docstring.
+        experiment: called with the size, "full" or "smoke", and the folder for runs; those that are there are gone
+            on with.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("full", "smoke"), default="full")
+    parser.add_argument("--out", type=Path, help="folder for runs; those that are there already are gone on with")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        experiment(arguments.size, arguments.out or Path(temporary))
+
+
+def compare(command: str, out: Path) -> Run:
+    """Run `fedmerge compare …` into a run folder, or finish the run that is there.
+
+    Args:
+        command: as a user would type it, without --out.
+        out: the run folder.
+    """
+    words = ["compare", "--resume"] if (out / "config.json").exists() else shlex.split(command)[1:]
+    subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True)
+    return Run.open(out)
+
+
+def rows_of(run: Run) -> dict[str, Row]:
+    """Return a run's rows by method, of all its seeds."""
+    return {row.method: row for row in summarize(run.results(), run.settings["seeds"])}
+
+
+def mean_of(rows: Rows, method: str) -> float:
+    """Return a method's mean accuracy; one that did not finish breaks the claim.
+
+    Args:
+        rows: by method.
+        method: its name.
+    """
+    row = rows[method]
+    assert row.complete, f"{method} did not finish: {dict(row.errors)}"
+    assert row.mean is not None
+    return row.mean
+
+
+def holds(claim: str, values: Iterable[tuple[str, float]]) -> None:
+    """Print a claim that was asserted, with its figures."""
+    print(f"holds: {claim} (" + ", ".join(f"{name} {value:.3f}" for name, value in values) + ")")
+
+
+def write(name: str, content: Mapping[str, Any], run: Run) -> None:
+    """Write expected/NAME.json: what documents quote, with the versions that made it.
+
+    Args:
+        name: the experiment's.
+        content: in JSON's types.
+        run: one of its runs.
+    """
+    versions = {package: text for package, text in run.settings["versions"].items() if package != "platform"}
+    EXPECTED.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**content, "versions": versions}, indent=2) + "\n"
+    (EXPECTED / f"{name}.json").write_text(text, encoding="utf-8")
