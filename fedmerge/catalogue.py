@@ -77,6 +77,11 @@ MERGERS: Mapping[str, Entry] = {
         "fedmerge.merge.ensemble:Ensemble",
         {"rule": "counts-geometric"},
     ),
+    "ensemble-stacked": Entry(
+        "the clients' log-probabilities, their weights learned on the server's labelled images",
+        "fedmerge.merge.ensemble:Ensemble",
+        {"rule": "stacked"},
+    ),
     "np-distill": Entry(
         "NP Merge on the classes that the ensemble by label counts tells; no server label is used",
         "fedmerge.merge.nonuniform:NPMerge",
@@ -90,6 +95,14 @@ MERGERS: Mapping[str, Entry] = {
         "train a new model on the same classes: the control of the distilled methods",
         _FINETUNE,
         {"start": "fresh", "targets": "hard"},
+    ),
+    "np-semi": Entry(
+        "NP Merge on labels where they are known, elsewhere on the classes that the ensemble tells",
+        "fedmerge.merge.nonuniform:NPMerge",
+        {"targets": "completed"},
+    ),
+    "finetune-semi": Entry(
+        "fine-tune the uniform mean on the same labels and classes", _FINETUNE, {"targets": "completed"}
     ),
 }
 

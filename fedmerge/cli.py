@@ -139,7 +139,10 @@ def compare(
     help="JSON file of checkpoints' data: {FILE NAME: [images of class 0, of class 1, …], …}.",
 )
 @_scenario_options("label_counts", "resume")
+@click.pass_context
 def merge(
+    context: click.Context,
+    /,
     sources: tuple[Path, ...],
     methods: str,
     label_counts: Path | None,
@@ -150,11 +153,12 @@ def merge(
     """Merge stored updates again, without training.
 
     SOURCES are run folders, or safetensors checkpoints of one architecture (then --model and --data are needed). The
-    results of a run folder go into it, or into a new one with --out; those of checkpoints into a new one.
+    results of a run folder go into it, or into a new one with --out; those of checkpoints into a new one. A run's
+    configuration counts; --server-labels alone may differ from it, and then the results go into a new folder.
     """
     with _session(quiet, as_json) as (console, stack):
         from fedmerge import compare as comparison
-        from fedmerge.preparation import enter, new_run
+        from fedmerge.preparation import enter, new_run, relabelled
         from fedmerge.runs import Run
 
         console.hush_flower()
@@ -171,7 +175,10 @@ def merge(
             comparison.merge_checkpoints(config, run, updates, names, progress=console.progress)
             console.finish(run)
             return
-        for folder in folders:
+        given = context.get_parameter_source("server_labels") is not click.core.ParameterSource.DEFAULT
+        labels = flags["server_labels"] if given else None
+        configs = [relabelled(Run.open(folder), labels, apart=bool(flags["out"])) for folder in folders]
+        for folder, config in zip(folders, configs, strict=True):
             run = Run.open(folder)
             target = run
             if flags["out"]:
@@ -179,7 +186,7 @@ def merge(
                 settings = {
                     name: value for name, value in run.settings.items() if name not in ("command", "config", "versions")
                 }
-                target = Run.create(out, "merge", run.config, **settings | {"methods": names, "sources": [str(folder)]})
+                target = Run.create(out, "merge", config, **settings | {"methods": names, "sources": [str(folder)]})
             enter(stack, target)
             comparison.merge_stored(run, target, names, progress=console.progress)
             console.finish(target)

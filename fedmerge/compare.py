@@ -21,7 +21,7 @@ from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device, num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
-from fedmerge.oneshot import Alignment, merge_aligned, objective, prepare
+from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare
 from fedmerge.problem import Problem, Progress, Update, silent
 from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
@@ -71,14 +71,14 @@ def merge_stored(run: Run, target: Run, methods: Sequence[str], *, progress: Pro
 
     Args:
         run: the run whose updates are merged.
-        target: the run folder that gets models and results; it may be the same.
+        target: the run folder that gets models and results, and whose configuration counts; it may be the same.
         methods: as in `compare`.
         progress: called on long work.
 
     Raises:
         RunError: if the run has no updates, or fewer than its clients.
     """
-    config, settings = run.config, run.settings
+    config, settings = target.config, run.settings
     for seed in settings.get("seeds") or [config.seed]:
         of_seed = config.replace(seed=seed)
         examples = federation.load(of_seed)
@@ -179,7 +179,7 @@ Cell = tuple[Result, tuple[StateDict, ...]]
 
 
 class Bench:
-    """The updates of a seed, merged by any method; each aligner aligns them once for each objective.
+    """The updates of a seed, merged by any method; each aligner aligns them once for each lesson.
 
     Args:
         settings: the configuration.
@@ -215,7 +215,7 @@ class Bench:
         state = self.problem.model.state_dict()
         try:
             with num_threads(self.config.threads):
-                key = align, objective(merge)
+                key = align, lesson(self.problem, merge)
                 if key not in self.prepared:
                     self.prepared[key] = prepare(self.problem, self.updates, align=align, merge=merge, seed=seed)
                 outcome = merge_aligned(*self.prepared[key], merge=merge, seed=seed)

@@ -57,7 +57,8 @@ class Config:
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
     rounds: int = _option(1, "federated rounds; each starts from the last merged model")
-    server_examples: int = _option(100, "labelled images that the server owns, in no client and in no evaluation")
+    server_examples: int = _option(100, "images that the server owns, in no client and in no evaluation")
+    server_labels: int = _option(-1, "how many of the server's images it knows the classes of; -1: of all, 0: of none")
     align: str = _option("auto", "how the clients' models are aligned: a name from `fedmerge list`")
     merge: str = _option(
         "np", "how the aligned models are merged: a name from `fedmerge list`, NAME:KEY=VALUE sets options"
@@ -86,6 +87,12 @@ class Config:
         for name in ("alpha", "lr", "client_cpus", "timeout"):
             self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._require("server_labels", self.server_labels >= -1, "at least 0, or -1 for all")
+        if self.server_labels > self.server_examples:
+            raise ConfigurationError(
+                f"--server-labels is {self.server_labels}, but the server owns only {self.server_examples} images "
+                "(--server-examples)"
+            )
         if self.min_completed > self.clients:
             raise ConfigurationError(
                 f"--min-completed is {self.min_completed}, but there are only {self.clients} clients (--clients)"
@@ -110,6 +117,16 @@ class Config:
             raise ConfigurationError(f"--local-epochs must be N or LOW..HIGH, got {self.local_epochs!r}")
         low = int(match[1])
         return low, int(match[2]) if match[2] else low
+
+    @property
+    def num_server_labels(self) -> int:
+        """How many of the server's images it knows the classes of.
+
+        Example:
+            >>> Config(server_examples=300).num_server_labels, Config(server_labels=0).num_server_labels
+            (300, 0)
+        """
+        return self.server_examples if self.server_labels < 0 else self.server_labels
 
     def replace(self, **changes: Value) -> Config:
         """Return the configuration with some fields changed."""

@@ -2,7 +2,7 @@
 
 The server's images, the clients' and those of the evaluation are three disjoint sets. Final runs evaluate on the test
 files; development evaluates on a cut of the training files that is the same for every seed, and never reads the test
-files' images.
+files' images. The server may know the classes of some of its images alone; who owns what does not depend on it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from fedmerge import data
 from fedmerge.config import Config
 from fedmerge.data import Dataset
-from fedmerge.partition import divide, stratified_sample
-from fedmerge.problem import Examples
+from fedmerge.partition import divide, stratified_order, stratified_sample
+from fedmerge.problem import UNKNOWN, Examples
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
@@ -35,6 +35,7 @@ RELEVANT = (
     "alpha",
     "min_client_examples",
     "server_examples",
+    "server_labels",
     "seed",
 )
 """The settings that a federation's data depend on."""
@@ -51,6 +52,7 @@ class Federation:
         server_indices: the training files that the server owns, sorted.
         evaluation_indices: test files if the split is "test", training files if it is "development", sorted.
         partition: for each client its sorted indices into `pool_indices`, and so into `pool`.
+        labelled_indices: the training files of the server whose classes it knows, sorted; None: all of its files.
     """
 
     dataset: Dataset
@@ -59,6 +61,7 @@ class Federation:
     server_indices: Tensor
     evaluation_indices: Tensor
     partition: tuple[Tensor, ...]
+    labelled_indices: Tensor | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -72,8 +75,12 @@ class Federation:
 
     @cached_property
     def server(self) -> Examples:
-        """All that the server owns."""
-        return self.dataset.train[self.server_indices]
+        """All that the server owns, and the classes that it knows."""
+        examples = self.dataset.train[self.server_indices]
+        if self.labelled_indices is None:
+            return examples
+        known = torch.isin(self.server_indices, self.labelled_indices)
+        return Examples(examples.images, examples.labels.where(known, UNKNOWN))
 
     @cached_property
     def evaluation(self) -> Examples:
@@ -109,6 +116,7 @@ class Federation:
             "classes": list(self.classes),
             "clients": [self.pool_indices[part].tolist() for part in self.partition],
             "server": self.server_indices.tolist(),
+            **({} if self.labelled_indices is None else {"server_labelled": self.labelled_indices.tolist()}),
             "evaluation": self.evaluation_indices.tolist(),
             "label_counts": self.label_counts(),
         }
@@ -152,7 +160,11 @@ def _load(config: Config) -> Federation:
         minimum=config.min_client_examples,
         seed=config.seed,
     )
-    return Federation(dataset, config.split, pool, server, evaluation, partition)
+    labelled = None
+    if config.server_labels >= 0:
+        order = stratified_order(labels[server], generator(config.seed, "server", "labels"))
+        labelled = server[order[: config.server_labels].sort().values]
+    return Federation(dataset, config.split, pool, server, evaluation, partition, labelled)
 
 
 def _take(free: Tensor, labels: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
 from fedmerge.merge.best import best_client
 from fedmerge.merge.objective import Objective
-from fedmerge.problem import Aligned, Merged, Problem, Update
+from fedmerge.problem import LABEL_COUNTS, LABELS, Aligned, Merged, Problem, Update
 from fedmerge.seeds import generator
+from fedmerge.settings import ConfigurationError
 from fedmerge.state import conform
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def merge_updates(problem: Problem, updates: Sequence[Update], *, align: str, me
 def prepare(
     problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int
 ) -> tuple[Problem, Alignment]:
-    """Do all that comes before the merge itself; mergers of one `objective` may share it.
+    """Do all that comes before the merge itself; mergers of one `lesson` may share it.
 
     Args:
         problem: the server's side.
@@ -83,7 +84,7 @@ def prepare(
         seed: of everything random in it.
 
     Returns:
-        The problem, taught by the clients where the merger wants that, and the updates in one basis.
+        The problem as the merger learns from it (`teach`), and the updates in one basis.
     """
     started = time.perf_counter()
     problem = teach(problem, updates, merge=merge)
@@ -91,21 +92,58 @@ def prepare(
     return problem, replace(alignment, seconds=time.perf_counter() - started)
 
 
-def objective(merge: str) -> Objective:
-    """Return what a merger learns from.
+def objective(merge: str) -> Objective | None:
+    """Return what a merger learns from; None if it descends no loss.
 
     Args:
         merge: a merger's name, with options.
     """
     merger = resolve("merger", merge, MERGERS)
-    return merger.objective if isinstance(merger, Objective) else Objective()
+    return merger.objective if isinstance(merger, Objective) else None
+
+
+def lesson(problem: Problem, merge: str) -> Objective | None:
+    """Return what of a merger `teach` depends on: where it is equal, problem and alignment may be shared.
+
+    Args:
+        problem: the server's side.
+        merge: a merger's name, with options.
+    """
+    learned = objective(merge)
+    by_labels = learned is not None and learned.targets == "labels"
+    return None if by_labels and problem.data.labelled else learned
+
+
+def check_needs(merge: str, *, labels: bool = True, label_counts: bool = True) -> None:
+    """Raise if a merger cannot work with what will be known; it can be called before clients train.
+
+    Args:
+        merge: a merger's name, with options.
+        labels: whether classes of the server's images are known.
+        label_counts: whether the clients tell theirs.
+
+    Raises:
+        ConfigurationError: says what is missing and what does without.
+    """
+    needs: frozenset[str] = getattr(resolve("merger", merge, MERGERS), "needs", frozenset())
+    if LABELS in needs and not labels:
+        raise ConfigurationError(
+            f"--merge {merge} needs the classes of the server's images, and none is known (--server-labels): choose a "
+            "method that needs none, as np-distill or finetune-distill"
+        )
+    if LABEL_COUNTS in needs and not label_counts:
+        raise ConfigurationError(
+            f"--merge {merge} needs every client's label counts, and they keep them to themselves "
+            "(--no-label-counts): choose what needs none (teacher=mean, or the plain mean or ensemble)"
+        )
 
 
 def teach(problem: Problem, updates: Sequence[Update], *, merge: str) -> Problem:
-    """Return the problem with what the merger learns from in place of the server's labels.
+    """Return the problem as the merger learns from it; others get it as it is.
 
-    The teacher is made of the clients' models as they came. Aligners then choose on its targets too, so that a method
-    without labels depends on none.
+    A merger that learns from labels gets the labelled images alone; one that learns a teacher's targets gets all
+    images, with these in place of the labels. The teacher is made of the clients' models as they came. Aligners then
+    choose on its targets too, so that a method without labels depends on none.
 
     Args:
         problem: the server's side.
@@ -113,7 +151,7 @@ def teach(problem: Problem, updates: Sequence[Update], *, merge: str) -> Problem
         merge: a merger's name, with options.
     """
     of_merger = objective(merge)
-    if of_merger.targets == "labels" or len(updates) < 2:
+    if of_merger is None or len(updates) < 2:
         return problem
     return of_merger.teach(problem, _conformed(problem, updates))
 

@@ -107,6 +107,33 @@ def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> 
     return by_class[(torch.arange(size) * total + start) // max(1, size)].sort().values
 
 
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Order examples so that each beginning of the order holds every class by its share, to about one example.
+
+    Example i of the n_c of a class, in random order, comes at (i + u_c) / n_c, with u_c drawn from [0, 1).
+
+    Args:
+        labels: (examples,) integer classes.
+        generator: source of randomness.
+
+    Returns:
+        (examples,) int64 indices into `labels`.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> labels[stratified_order(labels, torch.Generator().manual_seed(0))[:3]].sort().values
+        tensor([0, 0, 1])
+    """
+    classes, inverse = torch.unique(labels, return_inverse=True)
+    sizes = inverse.bincount(minlength=len(classes))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[torch.argsort(inverse[shuffled], stable=True)]
+    of_class = inverse[by_class]
+    ranks = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[of_class]
+    offsets = torch.rand(len(classes), generator=generator, dtype=torch.float64)
+    return by_class[torch.argsort((ranks + offsets[of_class]) / sizes[of_class], stable=True)]
+
+
 @dataclass(frozen=True)
 class _Division:
     """What is to be divided: the labels are 0..C-1 and in random order."""

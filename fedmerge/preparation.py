@@ -28,9 +28,16 @@ def prepare(
         run = Run.open(Path(config.out))
         enter(stack, run)
         return _resumed(context, run, command, config, settings), run
+    from fedmerge.oneshot import check_needs
+
     _check(config.replace(seed=settings.get("seeds", [config.seed])[0]))
-    if command == "simulate" and config.merge.partition(":")[0] == "ensemble":
-        raise ConfigurationError("--merge ensemble ends in several models, which no round can start from: use compare")
+    if command == "simulate":
+        name = config.merge.partition(":")[0]
+        if name.startswith("ensemble"):
+            raise ConfigurationError(
+                f"--merge {name} ends in several models, which no round can start from: use compare"
+            )
+        check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
     return config, new_run(command, config, stack, settings)
 
 
@@ -41,6 +48,31 @@ def new_run(command: str, config: Config, stack: ExitStack, settings: dict[str, 
     run = Run.create(out, command, config, **settings)
     enter(stack, run)
     return run
+
+
+def relabelled(run: Run, server_labels: int | None, *, apart: bool) -> Config:
+    """Return the configuration to merge a run again with, of which the server's labels alone may differ.
+
+    Args:
+        run: the run whose updates are merged.
+        server_labels: as --server-labels; None: the run's.
+        apart: whether the results go into a folder of their own, which they must if the labels differ.
+
+    Raises:
+        ConfigurationError: if results of different labels would lie in one folder.
+    """
+    config = run.config
+    if server_labels is None:
+        return config
+    wanted = config.replace(server_labels=server_labels)
+    if wanted.num_server_labels == config.num_server_labels:
+        return config
+    if not apart:
+        raise ConfigurationError(
+            f"--server-labels is {server_labels}, but the run in {run.path} has {config.server_labels}: give the --out "
+            "of a new folder, which keeps their results apart"
+        )
+    return wanted
 
 
 def _check(config: Config) -> None:

@@ -25,11 +25,13 @@ Progress = Callable[[str, int, int], None]
 UNKNOWN = -1
 """The label of an example whose class is not known."""
 
+LABELS, LABEL_COUNTS = "labels", "label counts"
+"""What a merger may need: a class of a server's image at least; every client's number of images of each class."""
+
 FEWEST_TO_CHOOSE = 50
 FEWEST_TO_SPLIT = 500
 VALIDATION_SHARE = 0.2
 NUM_FOLDS = 5
-
 
 Combination = Callable[[Tensor], Tensor]
 """Maps log-probabilities (members, examples, classes) to an ensemble's (examples, classes), in float64."""
@@ -74,9 +76,14 @@ class Examples:
         return cls(images, torch.full((len(images),), UNKNOWN, device=images.device))
 
     @property
+    def known(self) -> Tensor:
+        """Which examples' classes are known, (examples,) bool."""
+        return self.labels != UNKNOWN
+
+    @property
     def labelled(self) -> bool:
         """Whether every example's class is known."""
-        return bool((self.labels != UNKNOWN).all())
+        return bool(self.known.all())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,9 +155,9 @@ class Merged:
 class Problem:
     """A merge to be done: the architecture and all the data that the server owns.
 
-    The protocol of every choice: from 500 examples on, a fixed part to learn on and a fixed validation part; from 50,
-    cross-validation over five folds and then a refit on all; below, or where the classes of the examples are not known,
-    defaults and no choice.
+    The protocol of every choice: from 500 examples of known classes on, a fixed part to learn on and a fixed validation
+    part; from 50, cross-validation over five folds and then a refit on all; below, defaults and no choice. An example
+    of unknown class is in every part to learn on, and in no validation part; classes are learned from `labelled` alone.
 
     Attributes:
         model: the architecture; its own weights are never used.
@@ -159,6 +166,7 @@ class Problem:
         batch_size: examples in a step of a learned merge.
         progress: called on long work.
         blind: the data's labels and targets are a teacher's, and the server's own labels have no part in them.
+        taught: a teacher has a part in the data's labels or targets.
     """
 
     model: nn.Module
@@ -167,6 +175,7 @@ class Problem:
     batch_size: int = 32
     progress: Progress = silent
     blind: bool = False
+    taught: bool = False
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -182,36 +191,36 @@ class Problem:
         return symmetry(self.model, self.data.images[:2])
 
     @cached_property
+    def labelled(self) -> Examples:
+        """The examples whose classes are known."""
+        return self.data if self.data.labelled else self.data[self.data.known]
+
+    @cached_property
     def may_choose(self) -> bool:
         """Whether there are enough examples of known classes to choose anything by validation."""
-        return len(self.data) >= FEWEST_TO_CHOOSE and self.data.labelled
+        return len(self.labelled) >= FEWEST_TO_CHOOSE
 
-    @property
-    def taught(self) -> bool:
-        """Whether a teacher has a part in the data's labels or targets."""
-        return self.blind or self.data.targets is not None
+    @cached_property
+    def splits(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Pairs of indices (part to learn on, validation part): one, five, or none (see the class)."""
+        if not self.may_choose:
+            return ()
+        judges = self.data.known.cpu().nonzero()[:, 0]
+        parts = _stratified_parts(self.data.labels.cpu()[judges], NUM_FOLDS, generator(self.seed, "server", "folds"))
+        if len(judges) >= FEWEST_TO_SPLIT:
+            parts = parts[: max(1, round(NUM_FOLDS * VALIDATION_SHARE))]
+        everything = torch.arange(len(self.data))
+        return tuple((everything[~torch.isin(everything, judges[part])], judges[part]) for part in parts)
 
     @cached_property
     def folds(self) -> tuple[tuple[Examples, Examples], ...]:
-        """Pairs of (part to learn on, validation part): one, five, or none (see the class)."""
-        if not self.may_choose:
-            return ()
-        parts = _stratified_parts(self.data.labels.cpu(), NUM_FOLDS, generator(self.seed, "server", "folds"))
-        if len(self.data) >= FEWEST_TO_SPLIT:
-            parts_used: Sequence[Tensor] = parts[: max(1, round(NUM_FOLDS * VALIDATION_SHARE))]
-        else:
-            parts_used = parts
-        everything = torch.arange(len(self.data))
-        pairs = []
-        for validation in parts_used:
-            learn = everything[~torch.isin(everything, validation)]
-            pairs.append((self.data[learn], self.data[validation]))
-        return tuple(pairs)
+        """Pairs of (part to learn on, validation part), by `splits`."""
+        return tuple((self.data[learn], self.data[validation]) for learn, validation in self.splits)
 
     @property
     def refits(self) -> bool:
         """Whether, after the choice, a model is fitted again on all examples."""
-        return len(self.folds) != 1
+        return len(self.splits) != 1
 
     @cached_property
     def learn(self) -> Examples:
@@ -220,8 +229,8 @@ class Problem:
 
     @cached_property
     def validation(self) -> Examples:
-        """The examples that judge models to which nothing was fitted: the validation part, or all of them."""
-        return self.data if self.refits else self.folds[0][1]
+        """The examples that judge models to which nothing was fitted: the validation part, or all of known classes."""
+        return self.labelled if self.refits else self.folds[0][1]
 
     def restricted(self, data: Examples) -> Problem:
         """Return the problem of a server that owns `data` alone; spaces that are derived already are kept."""
@@ -277,7 +286,8 @@ class Aligned:
 class Merger(Protocol):
     """Makes one model (or an ensemble) of the clients' aligned models.
 
-    A frozen dataclass; its fields are its hyper-parameters.
+    A frozen dataclass; its fields are its hyper-parameters. One that cannot work without some knowledge tells so by an
+    attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`.
     """
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:

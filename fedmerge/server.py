@@ -63,6 +63,7 @@ def serve(
     Returns:
         Flower's result, with the merged models' accuracy and loss by round.
     """
+    oneshot.check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
     with num_threads(config.threads):
         session = _Session.start(grid, config, run, load, recall, progress, pause)
         session.strategy.on_round = session.measure
@@ -99,7 +100,8 @@ def collect(
     Returns:
         The good updates, by partition id.
     """
-    session = _Session.start(grid, config, run, load, recall, progress, pause)
+    without = config.replace(align="identity", merge="mean")  # the merges to come are checked one by one
+    session = _Session.start(grid, without, run, load, recall, progress, pause)
     arrays = arrays_from_state(session.model.state_dict())
     messages = session.strategy.configure_train(1, arrays, ConfigRecord(), session.grid)
     replies = session.grid.send_and_receive(messages, timeout=config.timeout)

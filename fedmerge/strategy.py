@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge import oneshot
-from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.catalogue import ALIGNERS, resolve
 from fedmerge.client import choose_device
 from fedmerge.errors import FedmergeError
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
@@ -62,7 +62,7 @@ class OneShotMerge(FedAvg):
     Args:
         model: the architecture; its weights are not used.
         images: (examples, …) the server's held-out images, preprocessed as the clients' are.
-        labels: (examples,) their classes.
+        labels: (examples,) their classes, -1 where one is not known; None: none is.
         align: name of the aligner.
         merge: name of the merger.
         seed: of the merge, and of the choice of clients where `fraction_train` is below 1.
@@ -80,13 +80,14 @@ class OneShotMerge(FedAvg):
 
     Raises:
         ValueError: if there is no image, or the images do not fit the model.
+        ConfigurationError: if the merger learns from labels, and none is known.
     """
 
     def __init__(
         self,
         model: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
         align: str = "auto",
         merge: str = "np",
@@ -111,7 +112,7 @@ class OneShotMerge(FedAvg):
         where = choose_device(device)
         self.problem = Problem(
             model=copy.deepcopy(model).to(where).eval(),
-            data=Examples(images, labels).to(where),
+            data=(Examples.unlabelled(images) if labels is None else Examples(images, labels)).to(where),
             seed=seed,
             batch_size=batch_size,
             progress=progress,
@@ -119,7 +120,7 @@ class OneShotMerge(FedAvg):
         state = self.problem.model.state_dict()
         self.num_classes = predict(self.problem.model, state, self.problem.data.images[:1]).shape[1]
         resolve("aligner", align, ALIGNERS)  # an unknown name is told before clients train
-        resolve("merger", merge, MERGERS)
+        oneshot.check_needs(merge, labels=bool(self.problem.data.known.any()))
         self.align, self.merge, self.seed = align, merge, seed
         self.min_completed = min_completed
         self.send_arrays_first_round = send_arrays_first_round
@@ -131,7 +132,9 @@ class OneShotMerge(FedAvg):
     def summary(self) -> None:
         """Log the strategy's settings."""
         logger.info("\t├──> Merge: align '%s', merge '%s', seed %d", self.align, self.merge, self.seed)
-        logger.info("\t│\t├── Server's examples: %d, on %s", len(self.problem.data), self.problem.data.images.device)
+        data = self.problem.data
+        known = int(data.known.sum())
+        logger.info("\t│\t├── Server's examples: %d, %d labelled, on %s", len(data), known, data.images.device)
         logger.info("\t│\t└── Updates needed in a round: %d", self.min_completed)
         super().summary()
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge.errors import FedmergeError
-from fedmerge.problem import Combination, Examples
+from fedmerge.problem import UNKNOWN, Combination, Examples
 from fedmerge.seeds import default_generator, fork
 from fedmerge.state import StateDict
 
@@ -50,8 +50,8 @@ class Evaluation:
     """How well a model does on examples.
 
     Attributes:
-        accuracy: share of the examples classified correctly, in [0, 1].
-        loss: mean cross-entropy in nats, with the labels or the examples' targets.
+        accuracy: share of the examples of known classes that are classified correctly, in [0, 1]; NaN without any.
+        loss: mean cross-entropy in nats, with the known labels or the examples' targets.
         per_class_accuracy: the accuracy within each class; None for a class without examples.
     """
 
@@ -182,15 +182,16 @@ def evaluate(
     else:
         found = combine(found).clamp(min=LEAST_LOG_PROBABILITY)
     if examples.targets is None:
-        loss = functional.nll_loss(found, examples.labels)
+        loss = functional.nll_loss(found, examples.labels, ignore_index=UNKNOWN)
     else:
         loss = -(examples.targets.double() * found).sum(1).mean()
-    correct = found.argmax(1) == examples.labels
+    known = examples.known
+    correct = found.argmax(1) == examples.labels  # never where the class is not known
     num_classes = found.shape[1]
-    counts = torch.bincount(examples.labels, minlength=num_classes)
+    counts = torch.bincount(examples.labels[known], minlength=num_classes)
     hits = torch.bincount(examples.labels[correct], minlength=num_classes)
     return Evaluation(
-        accuracy=int(correct.sum()) / len(examples),
+        accuracy=int(correct.sum()) / int(known.sum()) if known.any() else math.nan,
         loss=float(loss),
         per_class_accuracy=tuple(
             hit / count if count else None for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)

@@ -51,7 +51,7 @@ def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] 
         seeds: of the run.
         partition: one of its partitions; None for models that were trained elsewhere.
     """
-    images = f"{config.server_examples:,} labelled {_plural('image', config.server_examples)}"
+    images = _images(config.server_examples, config.num_server_labels)
     over = f"with seed {seeds[0]}" if len(seeds) == 1 else f"over {len(seeds)} seeds"
     judged = f"{config.split} images of {config.data}"
     if partition is None:
@@ -113,6 +113,13 @@ def _interval(difference: Difference) -> str:
         return f"{signed(difference.mean)} points (one seed: no interval)"
     low, high = (signed(difference.mean + sign * difference.half_width) for sign in (-1, 1))
     return f"{signed(difference.mean)} points (95 % interval {low} to {high}, {difference.seeds} seeds)"
+
+
+def _images(number: int, labelled: int) -> str:
+    """Return how many images the server owns, and of how many it knows the classes."""
+    known = {number: "labelled ", 0: "unlabelled "}.get(labelled, "")
+    of_them = "" if known else f" ({labelled:,} labelled)"
+    return f"{number:,} {known}{_plural('image', number)}{of_them}"
 
 
 def _plural(word: str, number: int) -> str:

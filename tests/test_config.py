@@ -29,6 +29,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "min_completed": st.integers(1, 100),
     "momentum": st.floats(0, 1, exclude_max=True),
     "seed": st.integers(),
+    "server_labels": st.integers(-1, 1),
 }
 BY_TYPE: dict[type, st.SearchStrategy[Any]] = {bool: st.booleans(), int: COUNTS, float: POSITIVE, str: st.text()}
 CONFIGS = st.builds(Config, **{name: STRATEGIES.get(name, BY_TYPE[kind]) for name, kind in TYPES.items()})
@@ -103,6 +104,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "weight_decay": (-0.1, math.inf, math.nan),
     "rounds": (0,),
     "server_examples": (-1,),
+    "server_labels": (-2, 101),
     "min_completed": (0,),
     "timeout": (0.0, -1.0, math.inf, math.nan),
     "client_cpus": (0.0, -1.0, math.inf, math.nan),
@@ -126,6 +128,7 @@ BOUNDARIES: dict[str, tuple[Any, ...]] = {
     "momentum": (0.0, 0.999),
     "weight_decay": (0.0,),
     "server_examples": (0,),
+    "server_labels": (-1, 0, 100),
     "client_gpus": (0.0, 0.25),
     "batch_size": (1,),
     "min_completed": (1, 5),
@@ -137,6 +140,12 @@ BOUNDARIES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BOUNDARIES.items() for value in values])
 def test_a_value_at_the_end_of_its_range_is_taken(name: str, value: Value) -> None:
     assert getattr(Config(**{name: value}), name) == value  # type: ignore[arg-type]
+
+
+def test_no_more_classes_than_images_can_be_known() -> None:
+    message = r"--server-labels is 61, but the server owns only 60 images \(--server-examples\)"
+    with pytest.raises(ConfigurationError, match=message):
+        Config(server_examples=60, server_labels=61)
 
 
 def test_more_updates_than_clients_cannot_be_demanded() -> None:

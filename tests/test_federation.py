@@ -9,7 +9,7 @@ from fedmerge import data, federation
 from fedmerge.config import Config
 from fedmerge.data import Dataset
 from fedmerge.federation import Federation, load
-from fedmerge.problem import Examples
+from fedmerge.problem import UNKNOWN, Examples
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
@@ -195,3 +195,38 @@ def test_there_is_no_client_beyond_the_partition(partition_id: int) -> None:
 def test_more_images_than_there_are_is_an_error_that_counts_them(changes: dict[str, str | int], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load(CONFIG.replace(**changes))
+
+
+# Labels of a part.
+
+
+@pytest.mark.usefixtures("numbers")
+@pytest.mark.parametrize("labels", [0, 1, 30, 100])
+def test_the_server_knows_as_many_classes_as_asked_for_and_nobody_owns_other_images(labels: int) -> None:
+    whole, part = load(CONFIG), load(CONFIG.replace(server_labels=labels))
+    assert owners(part) == owners(whole)
+    known = part.server.labels != UNKNOWN
+    assert int(known.sum()) == labels
+    assert torch.equal(part.server.labels[known], whole.server.labels[known])
+    assert whole.server.labelled
+    if labels == 100:
+        assert torch.equal(part.server.labels, whole.server.labels)
+
+
+@pytest.mark.usefixtures("numbers")
+def test_the_labelled_images_of_a_smaller_budget_are_among_those_of_a_larger_one() -> None:
+    def labelled(count: int, **changes: int) -> set[int]:
+        listed = load(CONFIG.replace(server_labels=count, **changes)).indices()["server_labelled"]
+        assert isinstance(listed, list)
+        return set(listed)
+
+    assert labelled(5) < labelled(20) < labelled(99) < set(load(CONFIG).server_indices.tolist())
+    assert labelled(20) == labelled(20, clients=3, client_examples=300)
+    assert len(labelled(20, seed=1) & labelled(20)) < 10
+    assert "server_labelled" not in load(CONFIG).indices()
+
+
+def test_the_labelled_images_have_the_class_shares_of_the_servers() -> None:
+    whole, part = load(CONFIG).server, load(CONFIG.replace(server_labels=40)).server
+    found = part.labels[part.labels != UNKNOWN].bincount(minlength=10)
+    assert ((found - 0.4 * whole.labels.bincount(minlength=10)).abs() < 2).all()

@@ -75,6 +75,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "merge.mixture",
             "merge.nonuniform",
             "merge.objective",
+            "merge.stacking",
             "merge.starts",
             "merge.teacher",
         ]

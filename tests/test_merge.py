@@ -22,6 +22,7 @@ from fedmerge.train import batches, evaluate
 
 DISTILLED = ["np-distill", "finetune-distill", "best-client-distill", "fresh-distill"]
 LEARNED = ["np", "np-pairwise", "finetune", "best-client-finetune", "server-only", *DISTILLED]
+LEARNED += ["np-semi", "finetune-semi"]
 
 
 def merger(name: str) -> Merger:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmerge import partition
-from fedmerge.partition import PARTITIONS, divide, stratified_sample
+from fedmerge.partition import PARTITIONS, divide, stratified_order, stratified_sample
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
@@ -237,3 +237,13 @@ def test_stratified_samples_reach_every_example_equally_often() -> None:
 def test_a_stratified_sample_cannot_exceed_the_examples() -> None:
     with pytest.raises(ValueError, match="at most 3 examples, got 4"):
         stratified_sample(torch.zeros(3, dtype=torch.int64), 4, generator(0))
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=80), st.integers(0, 9))
+def test_every_beginning_of_a_stratified_order_has_every_class_by_its_share(values: list[int], seed: int) -> None:
+    labels = torch.tensor(values)
+    order = stratified_order(labels, generator(seed))
+    assert order.sort().values.tolist() == list(range(len(values)))
+    shares = labels.bincount() / len(labels)
+    for size in range(len(values) + 1):
+        assert ((labels[order[:size]].bincount(minlength=len(shares)) - size * shares).abs() < 2).all()

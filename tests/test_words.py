@@ -68,6 +68,9 @@ def test_the_scenario_is_told_in_words() -> None:
         "on 1,797 test images of digits that neither has seen, over 2 seeds."
     )
     assert "with seed 3" in scenario(config, [3])
+    assert "owns 100 images (30 labelled) that" in scenario(config.replace(server_labels=30), [3], partition)
+    assert "owns 100 unlabelled images." in scenario(config.replace(server_labels=0), [3])
+    assert "owns 100 labelled images." in scenario(config.replace(server_labels=100), [3])
 
 
 def test_the_headline_compares_with_baseline_control_and_ensemble() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmerge.calibrate import calibrate, has_statistics
 from fedmerge.merge.heads import best_scale, find_head, head_rows, scaled_logits
 from fedmerge.merge.teacher import SMOOTHING, check_smoothing, class_weights, known_counts
-from fedmerge.problem import Merged, Problem, Update
+from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
 from fedmerge.state import StateDict
 from fedmerge.train import predict
 
@@ -49,6 +49,11 @@ class Average:
         check_smoothing(self.smoothing)
         if self.weights not in ("examples", "uniform"):
             raise ValueError(f"weights must be 'examples' or 'uniform', got {self.weights!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it cannot do without."""
+        return frozenset([LABEL_COUNTS] if self.head == "counts" else [])
 
     def __call__(
         self,

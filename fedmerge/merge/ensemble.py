@@ -1,6 +1,7 @@
 """The clients' ensemble: the mean of their probabilities. K models at inference; the yardstick of every merge.
 
-With the clients' label counts it is the best teacher that there is of them (`fedmerge.merge.teacher`).
+With the clients' label counts it is the best teacher that there is of them (`fedmerge.merge.teacher`); with labels of
+the server's images its weights can be learned (`fedmerge.merge.stacking`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmerge.merge.teacher import RULES, SMOOTHING, check_smoothing, teacher_of
+from fedmerge.merge.stacking import needs_of, pool_of
+from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import Merged, Problem, Update
 
 
@@ -19,7 +21,7 @@ class Ensemble:
     """Keep all models and make one prediction of theirs.
 
     Attributes:
-        rule: how, one of `fedmerge.merge.teacher.RULES`; "mean" is the mean of the probabilities.
+        rule: how, one of `fedmerge.merge.teacher.TEACHERS`; "mean" is the mean of the probabilities.
         smoothing: examples added to each of the clients' label counts, at least 0.
     """
 
@@ -27,9 +29,14 @@ class Ensemble:
     smoothing: float = SMOOTHING
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.rule not in TEACHERS:
+            raise ValueError(f"rule must be one of {', '.join(TEACHERS)}, got {self.rule!r}")
         check_smoothing(self.smoothing)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it cannot do without."""
+        return needs_of(self.rule)
 
     def __call__(
         self,
@@ -39,6 +46,14 @@ class Ensemble:
         generator: torch.Generator,
     ) -> Merged:
         """Return all members."""
-        combine = None if self.rule == "mean" else teacher_of(self.rule, updates, self.smoothing)
         states = tuple({name: tensor.clone() for name, tensor in update.state.items()} for update in updates)
-        return Merged(states, combine=combine)
+        if self.rule == "mean":
+            return Merged(states)
+        pool = pool_of(self.rule, problem, updates, self.smoothing)
+        return Merged(
+            states,
+            server_examples=pool.server_labels,
+            server_labels=pool.server_labels > 0,
+            diagnostics=pool.diagnostics,
+            combine=pool.combine,
+        )

@@ -27,7 +27,7 @@ from fedmerge.merge.learning import learn
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, SigmoidPair
 from fedmerge.merge.objective import Objective
 from fedmerge.merge.starts import STARTS, Start, starting
-from fedmerge.problem import Merged, Problem, Update
+from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
 from fedmerge.state import StateDict
 from fedmerge.train import evaluate
 
@@ -115,6 +115,11 @@ class NPMerge(Objective):
         diagnostics = {**self.description, **found.diagnostics}
         diagnostics["findings"] = [*_incompatible(problem, updates, first), *diagnostics["findings"]]
         return replace(found, diagnostics=diagnostics)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What cannot be done without."""
+        return super().needs | frozenset([LABEL_COUNTS] if self.start == "counts" else [])
 
     @property
     def bounds(self) -> tuple[float, float] | None:

@@ -1,10 +1,13 @@
 """What a learned merge descends: labels, a teacher's targets, or both; and whether images are augmented.
 
-With a teacher's targets alone the server's data may be unlabelled. Then every choice that the protocol makes is made
-on the teacher's targets too, the reference of an alignment included: the server's labels, if there are any, have no
-part in the result.
+What is learned from labels is learned on the labelled images alone. With a teacher's targets alone the server's data
+may be unlabelled. Then every choice that the protocol makes is made on the teacher's targets too, the reference of an
+alignment included: the server's labels, if there are any, have no part in the result. Between the two, labels complete
+the teacher's targets where they are known; then they judge, if they are enough to choose by.
 
-Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets).
+Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets). Lee:
+Pseudo-Label, ICML 2013 Workshop on Challenges in Representation Learning (the class where it is known, a model's
+elsewhere; his model teaches itself).
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import torch
 from torch.nn import functional
 
 from fedmerge.merge.augment import AUGMENTATIONS
-from fedmerge.merge.teacher import RULES, SMOOTHING, check_smoothing, teacher_of
-from fedmerge.problem import Examples, Problem, Update
+from fedmerge.merge.stacking import needs_of, pool_of
+from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
+from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
 from fedmerge.settings import ConfigurationError
 from fedmerge.train import log_probabilities
 
-TARGETS = ("labels", "soft", "sharpened", "hard", "mixed")
+TARGETS = ("labels", "soft", "sharpened", "hard", "mixed", "completed")
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Objective:
 
     Attributes:
         targets: "labels", or a teacher's: "soft" (its probabilities), "sharpened" (p^(1/temperature), normalised),
-            "hard" (its most probable class), or "mixed" (labels and soft targets).
-        teacher: how the clients' predictions are combined, one of `fedmerge.merge.teacher.RULES`.
+            "hard" (its most probable class); or of both: "mixed" (labels and soft targets, where the class is known)
+            and "completed" (the class where it is known, the teacher's class elsewhere).
+        teacher: how the clients' predictions are combined, one of `fedmerge.merge.teacher.TEACHERS`.
         temperature: of sharpened targets, greater than 0; below 1 they are sharper than the teacher.
         smoothing: examples added to each of the clients' label counts, at least 0.
         label_share: the labels' share in mixed targets, in [0, 1].
@@ -48,7 +53,7 @@ class Objective:
     augment: str = "none"
 
     def __post_init__(self) -> None:
-        for name, names in (("targets", TARGETS), ("teacher", RULES), ("augment", AUGMENTATIONS)):
+        for name, names in (("targets", TARGETS), ("teacher", TEACHERS), ("augment", AUGMENTATIONS)):
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         if not 0 < self.temperature < math.inf:
@@ -61,6 +66,13 @@ class Objective:
     def objective(self) -> Objective:
         """These options alone, without those of the merger that inherits them."""
         return Objective(**{item.name: getattr(self, item.name) for item in fields(Objective)})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What cannot be done without."""
+        if self.targets == "labels":
+            return frozenset([LABELS])
+        return needs_of(self.teacher) | frozenset([LABELS] if self.targets == "mixed" else [])
 
     @property
     def description(self) -> dict[str, Any]:
@@ -82,24 +94,31 @@ class Objective:
         if problem.taught:
             return problem
         data = problem.data
-        if self.targets in ("labels", "mixed") and not data.labelled:
+        known = data.known
+        if self.targets in ("labels", "mixed") and not known.any():
             raise ConfigurationError(
-                f"targets={self.targets} needs the classes of the server's images, and they are not known: "
-                "learn a teacher's (targets=hard; np-distill, finetune-distill)"
+                f"targets={self.targets} needs the classes of the server's images, and they are not known "
+                "(--server-labels): learn a teacher's (targets=hard; np-distill, finetune-distill)"
             )
         if self.targets == "labels":
+            return problem if data.labelled else problem.restricted(problem.labelled)
+        if self.targets == "completed" and data.labelled:
             return problem
-        teacher = teacher_of(self.teacher, updates, self.smoothing)
-        found = teacher(log_probabilities(problem.model, [update.state for update in updates], data.images))
+        pool = pool_of(self.teacher, problem, updates, self.smoothing)
+        found = pool.combine(log_probabilities(problem.model, [update.state for update in updates], data.images))
         classes = found.argmax(1)
-        if self.targets == "hard":
-            return replace(problem, data=Examples(data.images, classes), blind=True)
+        semi = self.targets in ("mixed", "completed") and bool(known.any())
+        taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
+        if self.targets in ("hard", "completed") and not semi:
+            return replace(taught, data=Examples(data.images, classes))
         if self.targets == "sharpened":
             found = (found / self.temperature).log_softmax(1)
         targets = found.exp()
-        if self.targets == "mixed":
-            truth = functional.one_hot(data.labels, targets.shape[1])
-            targets = torch.lerp(targets, truth.to(targets), self.label_share)
-            classes = data.labels
-        data = Examples(data.images, classes, targets.to(data.images.dtype))
-        return replace(problem, data=data, blind=self.targets != "mixed")
+        if semi:
+            classes = data.labels.where(known, classes)
+            truth = functional.one_hot(classes, targets.shape[1]).to(targets)
+            mixed = torch.lerp(targets, truth, self.label_share).where(known[:, None], targets)
+            targets = mixed if self.targets == "mixed" else truth
+            if known.sum() >= FEWEST_TO_CHOOSE:
+                classes = data.labels  # those that are known are the judges
+        return replace(taught, data=Examples(data.images, classes, targets.to(data.images.dtype)))

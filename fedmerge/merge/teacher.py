@@ -30,6 +30,9 @@ from fedmerge.problem import Update
 from fedmerge.settings import ConfigurationError
 
 RULES = ("mean", "counts", "counts-geometric", "prior")
+STACKED = "stacked"
+"""The teacher that is learned on labelled images of the server's (`fedmerge.merge.stacking`)."""
+TEACHERS = (*RULES, STACKED)
 SMOOTHING = 1.0
 """Examples added to every count: a client that has not seen a class keeps a little say in it."""
 
