@@ -18,9 +18,14 @@ from torch import Tensor
 from fedmerge.spaces import Axis, Space
 from fedmerge.state import StateDict
 
+_UNIT_BY_UNIT = (
+    "a linear basis change cannot be applied to weights that act unit by unit (shape {}): "
+    "fold the normalisation into the layer before it first"
+)
+
 
 class BasisChange(Protocol):
-    """A change of the basis of one feature space: `Permutation`, `Linear` or `Transport`."""
+    """A change of the basis of one feature space: `Permutation`, `Linear`, `Transport` or `Zip`."""
 
     @property
     def size(self) -> int:
@@ -96,10 +101,7 @@ class Linear:
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            f"a linear basis change cannot be applied to weights that act unit by unit (shape {tuple(weights.shape)}): "
-            "fold the normalisation into the layer before it first"
-        )
+        raise ValueError(_UNIT_BY_UNIT.format(tuple(weights.shape)))
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,58 @@ class Transport:
             ValueError: always.
         """
         return Linear(self.matrix).scale(weights)
+
+
+@dataclass(frozen=True)
+class Zip:
+    """Join units to groups, those of one model or of several, as ZipIt does.
+
+    A group of the result is the mean of its units in all models, and is read by all that read them. So the models'
+    results are summands: their uniform mean is the merge of all models, and no one alone computes what its model did.
+    Writers become Σ_j s_j times unit j's over the units j of the group, with s_j = models / (units of the group in all
+    models); readers become the sum of the units' readers. Where each group holds one unit of each model, this is a
+    permutation.
+
+    Attributes:
+        group: (units,) the group of each unit of the model, from 0 to units − 1; a group may have none.
+        share: (units,) s.
+    """
+
+    group: Int[Tensor, " units"]
+    share: Float[Tensor, " units"]
+
+    def __post_init__(self) -> None:
+        if self.group.shape != self.share.shape or not bool(((self.group >= 0) & (self.group < self.size)).all()):
+            raise ValueError(
+                f"expected a group from 0 to {self.size - 1} and a share for each of {self.size} units, "
+                f"got groups {self.group.tolist()} and {len(self.share)} shares"
+            )
+
+    @property
+    def size(self) -> int:
+        """Units of the space."""
+        return len(self.group)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Return the groups' sums of weights (units, …), times the units' shares."""
+        share = self.share.to(weights.device, torch.float64)
+        return self._summed(weights, share.reshape(-1, *[1] * (weights.ndim - 1)))
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Return the groups' sums of weights (units, …)."""
+        return self._summed(weights, torch.ones((), dtype=torch.float64, device=weights.device))
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """Refuse, as `Linear` does.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_UNIT_BY_UNIT.format(tuple(weights.shape)))
+
+    def _summed(self, weights: Tensor, factor: Tensor) -> Tensor:
+        wide = weights.double() * factor
+        return torch.zeros_like(wide).index_add_(0, self.group.to(weights.device), wide).to(weights.dtype)
 
 
 def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisChange]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ ALIGNERS: Mapping[str, Entry] = {
         "permute the units of all models to fit all others, cycle-consistently", "fedmerge.align.universe:Universe"
     ),
     "cca": Entry("mix units by canonical correlation analysis (CCA Merge)", "fedmerge.align.cca:CCA"),
+    "zipit": Entry("merge units across and within models, most alike first (ZipIt)", "fedmerge.align.zipit:ZipIt"),
     "ot": Entry("assign units softly by optimal transport (OTFusion)", "fedmerge.align.ot:OptimalTransport"),
 }
 

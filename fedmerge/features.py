@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from fedmerge.state import StateDict
 from fedmerge.trace import RuleTable, traced
 
 BATCH = 128
+
+Pair = tuple[int, int]
 
 
 @dataclass
@@ -58,14 +60,45 @@ def observer(model: nn.Module, spaces: Sequence[Space], *, rules: RuleTable | No
     return fx.GraphModule(module, module.graph).eval()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Joint:
+    """Means and centred second moments of a space's features in several models.
+
+    Attributes:
+        count: samples seen, as in `Moments`.
+        means: (units,) of each model.
+        covariances: for pairs p ≤ q of models, of p's units (rows) with q's; at least for all p = q.
+    """
+
+    count: int
+    means: tuple[Float64[Tensor, " units"], ...]
+    covariances: Mapping[Pair, Float64[Tensor, "units units"]]
+
+    def covariance(self, first: int, second: int) -> Float64[Tensor, "units units"]:
+        """Return the covariance of one model's units (rows) with another's (columns)."""
+        return self.covariances[first, second] if first <= second else self.covariances[second, first].T
+
+    def between(self, reference: int, other: int) -> Moments:
+        """Return the moments of two models that were compared."""
+        return Moments(
+            self.count,
+            self.covariance(reference, other),
+            self.covariance(reference, reference),
+            self.covariance(other, other),
+            self.means[reference],
+            self.means[other],
+        )
+
+
+def with_reference(count: int, reference: int) -> set[Pair]:
+    """Return the pairs of one of `count` models with each other one."""
+    return {(min(reference, model), max(reference, model)) for model in range(count) if model != reference}
+
+
 def moments(
     model: nn.Module, spaces: Sequence[Space], states: Sequence[StateDict], reference: int, images: Tensor
 ) -> list[list[Moments]]:
     """Compare every model's features with the reference's.
-
-    The reference's features are computed once; features are shifted by the means of the first batch, multiplied in
-    their own precision and accumulated in float64, so that large means cancel nothing.
 
     Args:
         model: the architecture.
@@ -77,21 +110,61 @@ def moments(
     Returns:
         For each model, in order, the moments of each space (for the reference: with itself).
     """
-    module = observer(model, spaces)
+    found = joint_moments(model, spaces, states, images, pairs=with_reference(len(states), reference))
+    return [[joint.between(reference, index) for joint in found] for index in range(len(states))]
+
+
+@torch.no_grad()
+def joint_moments(
+    model: nn.Module,
+    spaces: Sequence[Space],
+    states: Sequence[StateDict],
+    images: Tensor,
+    *,
+    pairs: Collection[Pair],
+    alone: Sequence[Space] = (),
+) -> list[Joint]:
+    """Observe several models' features in one pass over the images.
+
+    Each model runs once. Features are shifted by the means of the first batch, multiplied in their own precision and
+    accumulated in float64, so that large means cancel nothing. Of a batch, the features of those models are kept that
+    are yet to be compared: with a reference, two models'; in all pairs, all.
+
+    Args:
+        model: the architecture.
+        spaces: feature spaces in which models are compared.
+        states: the models' weights.
+        images: (examples, …), at least one, on the states' device.
+        pairs: (p, q), p < q, of the models to compare.
+        alone: further spaces, of which only each model's own moments are wanted.
+
+    Returns:
+        The moments of each space, first of `spaces`, then of those alone.
+    """
+    module = observer(model, (*spaces, *alone))
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    sums = [[_Sums(space) for space in spaces] for _ in states]
+    weights = [{name: tensor for name, tensor in state.items() if name in names} for state in states]
+    sums = [_Sums() for _ in (*spaces, *alone)]
+    order = sorted(range(len(states)), key=lambda index: -sum(index in pair for pair in pairs))
     for batch in torch.split(images, BATCH):
-        order = [reference, *(index for index in range(len(states)) if index != reference)]
-        kept: list[Tensor] = []
-        for index in order:
-            weights = {name: tensor for name, tensor in states[index].items() if name in names}
-            found = functional_call(module, weights, (batch,))
-            features = [features_of(value, space, states[index]) for value, space in zip(found, spaces, strict=True)]
-            if index == reference:
-                kept = features
-            for total, ours, theirs in zip(sums[index], kept, features, strict=True):
-                total.add(ours, theirs)
-    return [[total.moments() for total in of_model] for of_model in sums]
+        kept: dict[int, list[Tensor]] = {}
+        for position, index in enumerate(order):
+            found = functional_call(module, weights[index], (batch,))
+            for number, (space, total) in enumerate(zip((*spaces, *alone), sums, strict=True)):
+                features = total.add(index, features_of(found[number], space, states[index]))
+                if number < len(spaces):
+                    kept.setdefault(index, []).append(features)
+            for first, second in sorted(pairs):
+                if index in (first, second) and first in kept and second in kept:
+                    for total, ours, theirs in zip(sums, kept[first], kept[second], strict=False):
+                        total.compare(first, second, ours, theirs)
+            later = order[position + 1 :]
+            kept = {
+                one: features
+                for one, features in kept.items()
+                if any((min(one, other), max(one, other)) in pairs for other in later)
+            }
+    return [total.joint() for total in sums]
 
 
 def features_of(value: Tensor, space: Space, state: StateDict) -> Tensor:
@@ -100,38 +173,42 @@ def features_of(value: Tensor, space: Space, state: StateDict) -> Tensor:
     index = torch.tensor(site.index, device=value.device)
     rows = value.movedim(site.dim, -1).flatten(0, -2)
     if site.weight is None:
-        return rows.index_select(1, index)
+        return rows if site.index == tuple(range(rows.shape[1])) else rows.index_select(1, index)
     bias = None if site.bias is None else state[site.bias][index]
     return linear(rows, state[site.weight][index], bias)
 
 
 class _Sums:
-    """Running sums of shifted features."""
+    """Running sums of shifted features of several models."""
 
-    def __init__(self, space: Space) -> None:
-        self.count = 0
-        self.shift: tuple[Tensor, Tensor] | None = None
-        size = space.size
-        self.first = torch.zeros(2, size, dtype=torch.float64)
-        self.second = torch.zeros(3, size, size, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.shifts: dict[int, Tensor] = {}
+        self.first: dict[int, Tensor] = {}
+        self.second: dict[Pair, Tensor] = {}
 
-    def add(self, ours: Tensor, theirs: Tensor) -> None:
-        if self.shift is None:
-            self.shift = ours.mean(0), theirs.mean(0)
-        ours, theirs = ours - self.shift[0], theirs - self.shift[1]
-        self.count += len(ours)
-        self.first += torch.stack([ours.sum(0, dtype=torch.float64), theirs.sum(0, dtype=torch.float64)]).cpu()
-        self.second += torch.stack([ours.T @ theirs, ours.T @ ours, theirs.T @ theirs]).cpu()
+    def add(self, index: int, features: Tensor) -> Tensor:
+        """Add a model's features to its own sums, and return them shifted."""
+        shifted = features - self.shifts.setdefault(index, features.mean(0))
+        total = shifted.sum(0, dtype=torch.float64).cpu()
+        self.counts[index] = self.counts.get(index, 0) + len(shifted)
+        self.first[index] = self.first[index] + total if index in self.first else total
+        self.compare(index, index, shifted, shifted)
+        return shifted
 
-    def moments(self) -> Moments:
-        assert self.shift is not None
-        ours, theirs = self.first / self.count
-        cross, reference, other = self.second / self.count
-        return Moments(
-            self.count,
-            cross - torch.outer(ours, theirs),
-            reference - torch.outer(ours, ours),
-            other - torch.outer(theirs, theirs),
-            self.shift[0].cpu() + ours,
-            self.shift[1].cpu() + theirs,
+    def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
+        """Add the products of two models' shifted features."""
+        product = (ours.T @ theirs).cpu().double()
+        self.second[first, second] = self.second.get((first, second), 0.0) + product
+
+    def joint(self) -> Joint:
+        (count,) = set(self.counts.values())
+        means = {index: total / count for index, total in self.first.items()}
+        return Joint(
+            count,
+            tuple(self.shifts[index].cpu() + means[index] for index in sorted(means)),
+            {
+                (first, second): total / count - torch.outer(means[first], means[second])
+                for (first, second), total in self.second.items()
+            },
         )

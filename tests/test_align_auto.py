@@ -1,5 +1,7 @@
 """The gate, and the choice by the protocol that it shares with other aligners."""
 
+from typing import Any
+
 import pytest
 import torch
 from problems import SHAPE, TwoLayers, problem_of, same, trained
@@ -8,9 +10,12 @@ from torch import Tensor, nn
 from fedmerge.align.auto import Auto
 from fedmerge.align.cca import CCA
 from fedmerge.align.choice import Unusable, choose
+from fedmerge.align.comparison import Comparison
 from fedmerge.align.identity import Identity
+from fedmerge.align.zipit import ZipIt
 from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS, resolve
+from fedmerge.features import Joint, joint_moments
 from fedmerge.merge.average import mean_state
 from fedmerge.problem import Aligned, Examples, Problem
 from fedmerge.spaces import UnsupportedOperation
@@ -50,6 +55,40 @@ def test_every_name_that_is_tried_is_an_aligner_with_its_options() -> None:
     assert sum(name.startswith("cca:") for name in losses) == len(CCA().ridges)
     for name in losses:
         resolve("aligner", name, ALIGNERS)
+
+
+def test_zipit_is_tried_where_it_is_asked_for() -> None:
+    problem, states = problem_of("mlp@0.1", server_examples=500), models("mlp@0.1", 2)
+    found = Auto(zipit=True)(problem, states, 0, generator=torch.Generator().manual_seed(5))
+    losses = found.diagnostics["validation-losses"]
+    without = auto(problem, states).diagnostics["validation-losses"]
+    assert set(losses) - set(without) == set(ZipIt().candidates(Comparison(problem, states, 0)))
+    assert all(losses[name] == loss for name, loss in without.items())
+    assert losses[found.diagnostics["chosen"]] == min(losses.values())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_models_are_compared_once_for_all_aligners(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    calls: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> list[Joint]:
+        calls.append(1)
+        return joint_moments(*arguments, **options)
+
+    monkeypatch.setattr("fedmerge.align.comparison.joint_moments", counted)
+    Auto(zipit=True)(
+        problem_of("mlp@0.1", server_examples=500), models("mlp@0.1", count), 0, generator=torch.Generator()
+    )
+    assert calls == [1]
+
+
+def test_a_candidate_is_calibrated_on_at_most_1024_images_from_all_of_the_part() -> None:
+    problem, states = problem_of("vgg11-bn@0.05", server_examples=1400), models("vgg11-bn@0.05", 2)
+    found = choose(problem, lambda _: {name: lambda: tuple(states) for name in ("one", "other")})
+    ((learn, validation),) = problem.folds
+    assert len(learn) == 1120
+    mean = calibrate(problem.model, mean_state(states), learn.images[::2])
+    assert found.losses["one"] == evaluate(problem.model, [mean], validation).loss
 
 
 @pytest.mark.parametrize("examples", [60, 600])

@@ -7,11 +7,11 @@ import torch
 from problems import blobs, problem_of, same, shuffled, trained
 from torch import Tensor, nn
 
-from fedmerge.align.activations import correlation, match
 from fedmerge.align.cca import CCA, canonical_map
-from fedmerge.align.dense import Comparison
+from fedmerge.align.comparison import Comparison
+from fedmerge.align.matching import correlation, match
 from fedmerge.basis import Linear, rebase
-from fedmerge.features import Moments, moments
+from fedmerge.features import Joint, Moments, joint_moments
 from fedmerge.merge.average import mean_state
 from fedmerge.problem import Aligned, Examples, Problem
 from fedmerge.train import predict
@@ -158,14 +158,14 @@ def test_below_fifty_examples_the_default_ridge_is_taken() -> None:
 def test_models_are_compared_once_for_all_ridges(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counted(*arguments: Any) -> list[list[Moments]]:
+    def counted(*arguments: Any, **options: Any) -> list[Joint]:
         calls.append(1)
-        return moments(*arguments)
+        return joint_moments(*arguments, **options)
 
-    monkeypatch.setattr("fedmerge.align.dense.moments", counted)
+    monkeypatch.setattr("fedmerge.align.comparison.joint_moments", counted)
     problem = problem_of("mlp@0.1", server_examples=500)
     states = [update.state for update in trained("mlp@0.1", 2)]
-    comparison = Comparison(problem, states, 0)
+    comparison = Comparison(problem, states, 0, folded=True)
     for candidate in CCA().candidates(comparison).values():
         candidate()
     assert calls == [1]

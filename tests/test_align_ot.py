@@ -5,7 +5,7 @@ import torch
 from problems import problem_of, shuffled, trained
 from torch import Tensor
 
-from fedmerge.align.activations import match
+from fedmerge.align.matching import match
 from fedmerge.align.ot import OptimalTransport, sinkhorn
 from fedmerge.basis import Permutation, Transport
 from fedmerge.merge.average import mean_state

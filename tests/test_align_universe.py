@@ -6,7 +6,7 @@ import torch
 from problems import problem_of, same, shuffled, trained
 from torch import Tensor
 
-from fedmerge.align.activations import match
+from fedmerge.align.matching import match
 from fedmerge.align.universe import Universe, agreement, universe
 from fedmerge.basis import Permutation
 from fedmerge.merge.average import mean_state

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmerge.align.dense import target
+from fedmerge.align.comparison import target
 from fedmerge.basis import Linear, rebase
 from fedmerge.calibrate import calibrate
 from fedmerge.features import moments
@@ -53,7 +53,12 @@ def targets(
 ) -> list[Target]:
     _, of_model = moments(model, found.sites, [reference, state], 0, inputs)
     return [
-        target(norm, axis, part, part.other_mean, part.other.diagonal())
+        target(
+            norm,
+            axis,
+            (part.reference_mean, part.reference.diagonal()),
+            (part.other_mean, part.other.diagonal()),
+        )
         for (_, norm, axis), part in zip(found.observed, of_model, strict=True)
     ]
 

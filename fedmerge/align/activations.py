@@ -4,6 +4,10 @@ Li, Yosinski, Clune, Lipson, Hopcroft: Convergent Learning: Do Different Neural 
 Representations?, ICLR 2016, arXiv 1511.07543; Ainsworth, Hayase, Srinivasa: Git Re-Basin, ICLR 2023, arXiv 2209.04836,
 section 3.1. The permutation of each feature space maximises the sum of the correlations (a linear assignment). The
 spaces come from tracing the model, and a space is matched at its last node before pooling.
+
+With `passes`, each model is then matched with the mean of the others (`fedmerge.align.running_mean`), by the features
+of both after their BatchNorm statistics are re-estimated. A model is renamed only where it correlates more with them;
+as the mean's features are not the features' mean, nothing says that all pairs agree better for it.
 """
 
 from __future__ import annotations
@@ -12,19 +16,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedmerge.basis import Permutation, rebase
+from fedmerge.align.comparison import Comparison
+from fedmerge.align.matching import correlation, match, matched
+from fedmerge.align.running_mean import matched_with_mean
+from fedmerge.basis import Permutation
+from fedmerge.calibrate import calibrate
 from fedmerge.features import Moments, moments
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 
+LEAST_GAIN = 1e-5
+"""Of the mean correlation, for another permutation: what is below is the rounding of features in float32."""
+
 
 @dataclass(frozen=True)
 class Activations:
-    """Permute the units by the correlation of their activations."""
+    """Permute the units by the correlation of their activations.
+
+    Attributes:
+        passes: most passes in which each model is matched with the mean of the others, after all with the reference.
+    """
+
+    passes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.passes < 0:
+            raise ValueError(f"passes must be at least 0, got {self.passes}")
 
     def __call__(
         self,
@@ -35,41 +54,46 @@ class Activations:
         generator: torch.Generator,
     ) -> Aligned:
         """Align all models to `states[reference]` by the activations on the server's images."""
-        images = problem.learn.images
-        compared = moments(problem.model, problem.spaces, states, reference, images)
-        aligned = []
-        matched: list[float] = []
-        for index, (state, of_model) in enumerate(zip(states, compared, strict=True)):
-            if index == reference:
-                aligned.append({name: tensor.clone() for name, tensor in state.items()})
-                continue
-            changes = []
-            for found in of_model:
-                scores = correlation(found)
-                change = match(scores)
-                changes.append(change)
-                matched.append(float(scores[torch.arange(len(scores)), change.index].mean()))
-            aligned.append(rebase(state, problem.spaces, changes))
-        mean = sum(matched) / len(matched) if matched else 1.0
-        return Aligned(tuple(aligned), server_examples=len(images), diagnostics={"matched-correlation": round(mean, 6)})
+        return self.aligned(Comparison(problem, states, reference), generator=generator)
+
+    def aligned(self, comparison: Comparison, *, generator: torch.Generator) -> Aligned:
+        """Align models that are compared already.
+
+        Args:
+            comparison: of the models.
+            generator: decides the order of the models in a pass.
+        """
+        problem = comparison.problem
+        found = [
+            matched(correlation(moments), change)
+            for model, changes in enumerate(comparison.matches)
+            if model != comparison.reference
+            for moments, change in zip(comparison.moments(model), changes, strict=True)
+        ]
+        diagnostics = {"matched-correlation": round(sum(found) / len(found), 6) if found else 1.0}
+        aligned = comparison.permuted(comparison.matches)
+        if self.passes and len(aligned) > 1:
+            aligned, done = matched_with_mean(
+                aligned,
+                comparison.reference,
+                problem.spaces,
+                lambda mean, state: _matched_features(problem, mean, state),
+                passes=self.passes,
+                generator=generator,
+            )
+            diagnostics["passes"] = done
+        return Aligned(aligned, server_examples=len(problem.learn), diagnostics=diagnostics)
 
 
-def correlation(found: Moments) -> Float64[Tensor, "units units"]:
-    """Return the correlations of the reference's units (rows) with the other's; 0 for a unit that never changes."""
-    scales = [covariance.diagonal().clamp(min=0).sqrt() for covariance in (found.reference, found.other)]
-    inverse = [torch.where(scale > 0, 1 / scale, 0.0) for scale in scales]
-    return inverse[0][:, None] * found.cross * inverse[1]
+def _matched_features(problem: Problem, mean: dict[str, Tensor], state: StateDict) -> list[Permutation]:
+    images = problem.learn.images
+    calibrated = [calibrate(problem.model, item, images) for item in (mean, state)]
+    _, compared = moments(problem.model, problem.spaces, calibrated, 0, images)
+    return [_better(found) for found in compared]
 
 
-def match(scores: Float64[Tensor, "units units"]) -> Permutation:
-    """Return the permutation of the columns that maximises the sum of the diagonal.
-
-    Args:
-        scores: finite; rows are the reference's units, columns the other model's.
-
-    Example:
-        >>> match(torch.tensor([[0.1, 0.9], [0.8, 0.2]])).index
-        tensor([1, 0])
-    """
-    _, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-    return Permutation(torch.from_numpy(columns))
+def _better(found: Moments) -> Permutation:
+    """Return the best permutation, or none if it gains nothing but rounding."""
+    scores = correlation(found)
+    best, none = match(scores), Permutation(torch.arange(len(scores)))
+    return best if matched(scores, best) > matched(scores, none) + LEAST_GAIN else none

@@ -19,15 +19,15 @@ What differs:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedmerge.align.activations import correlation, match
-from fedmerge.align.choice import Candidates, choose
-from fedmerge.align.dense import Comparison
+from fedmerge.align.choice import Candidates
+from fedmerge.align.comparison import Comparison, aligned_by_choice
+from fedmerge.align.matching import correlation, match
 from fedmerge.basis import Linear
 from fedmerge.features import Moments
 from fedmerge.problem import Aligned, Problem
@@ -58,20 +58,12 @@ class CCA:
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:
         """Align all models to `states[reference]` by the activations on the server's images."""
-        comparison = Comparison(problem, states, reference)
-        diagnostics = comparison.diagnostics  # derives the spaces, once for all folds
-        found = choose(problem, lambda part: self.candidates(replace(comparison, problem=part)))
-        return Aligned(
-            found.states,
-            server_examples=len(problem.data if found.losses else problem.learn),
-            server_labels=bool(found.losses),
-            diagnostics={**found.diagnostics, **diagnostics},
-        )
+        return aligned_by_choice(Comparison(problem, states, reference, folded=True), self.candidates)
 
     def candidates(self, comparison: Comparison) -> Candidates:
         """Return an alignment for each ridge."""
         return {
-            f"cca:ridges={ridge:g}": lambda ridge=ridge: comparison.aligned(  # type: ignore[misc]
+            f"cca:ridges={ridge:g}": lambda ridge=ridge: comparison.solved(  # type: ignore[misc]
                 lambda found: self.change(found, ridge)
             )
             for ridge in self.ridges

@@ -1,7 +1,8 @@
 """How an aligner chooses among settings, and the gate among aligners: by the loss of the uniform mean.
 
 A candidate is fitted on the part to learn on of each fold and judged on its validation part; the one with the lowest
-mean loss is fitted again where the protocol refits. All candidates of a fold may share what they are made of.
+mean loss is fitted again where the protocol refits. All candidates of a fold may share what they are made of. To be
+judged, a mean model has its BatchNorm statistics re-estimated on at most 1,024 images, evenly spread over that part.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from fedmerge.merge.average import mean_state
 from fedmerge.problem import Problem
 from fedmerge.spaces import UnsupportedOperation
 from fedmerge.train import evaluate
+
+MOST_TO_CALIBRATE = 1024
+"""Images on which a candidate's BatchNorm statistics are estimated: all would cost more than all else together."""
 
 States = tuple[dict[str, Tensor], ...]
 
@@ -75,11 +79,12 @@ def choose(problem: Problem, candidates: Callable[[Problem], Candidates], *, def
     sums = dict.fromkeys(final, 0.0) if problem.may_choose and len(final) > 1 else {}
     for learn, validation in problem.folds if sums else ():
         fitted = candidates(problem.restricted(learn)) if problem.refits else final
+        images = learn.images[:: math.ceil(len(learn) / MOST_TO_CALIBRATE)]
         for name in sums:
             if name in failed:
                 continue
             try:
-                mean = calibrate(problem.model, mean_state(fitted[name]()), learn.images)
+                mean = calibrate(problem.model, mean_state(fitted[name]()), images)
                 loss = evaluate(problem.model, [mean], validation).loss
                 if not math.isfinite(loss):
                     raise Unusable(f"the mean model's validation loss is {loss}")

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedmerge.align.activations import correlation
-from fedmerge.align.choice import Candidates, choose
-from fedmerge.align.dense import Comparison
+from fedmerge.align.choice import Candidates
+from fedmerge.align.comparison import Comparison, aligned_by_choice
+from fedmerge.align.matching import correlation
 from fedmerge.basis import Transport
 from fedmerge.features import Moments
 from fedmerge.problem import Aligned, Problem
@@ -54,20 +54,14 @@ class OptimalTransport:
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:
         """Align all models to `states[reference]` by the activations on the server's images."""
-        comparison = Comparison(problem, states, reference)
-        diagnostics = comparison.diagnostics  # derives the spaces, once for all folds
-        found = choose(problem, lambda part: self.candidates(replace(comparison, problem=part)))
-        return Aligned(
-            found.states,
-            server_examples=len(problem.data if found.losses else problem.learn),
-            server_labels=bool(found.losses),
-            diagnostics={**found.diagnostics, **diagnostics, "left-of-weights": _left(found.states, reference)},
-        )
+        found = aligned_by_choice(Comparison(problem, states, reference, folded=True), self.candidates)
+        left = _left(found.states, reference)
+        return replace(found, diagnostics={**found.diagnostics, "left-of-weights": left})
 
     def candidates(self, comparison: Comparison) -> Candidates:
         """Return an alignment for each ε."""
         return {
-            f"ot:epsilons={epsilon:g}": lambda epsilon=epsilon: comparison.aligned(  # type: ignore[misc]
+            f"ot:epsilons={epsilon:g}": lambda epsilon=epsilon: comparison.solved(  # type: ignore[misc]
                 lambda found: soft_assignment(found, epsilon)
             )
             for epsilon in self.epsilons

@@ -9,8 +9,8 @@ every space is a problem of its own. Its maximum is climbed from the matching wi
 model whose best permutation, given all others', gains most takes it (C²M³ takes Frank-Wolfe steps). So neither the
 order of the models nor chance matters. In the end the universe is given the reference's order.
 
-The correlations of all pairs take K (K + 1) / 2 passes of a model over the images, and memory of K² numbers for each
-pair of units of a space.
+The correlations of all pairs take one pass of each model over the images, and memory of K² / 2 numbers for each pair of
+units of a space.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from fedmerge.align.activations import correlation, match
-from fedmerge.basis import Permutation, rebase
-from fedmerge.features import moments
+from fedmerge.align.comparison import Comparison
+from fedmerge.align.matching import correlations, match
+from fedmerge.basis import Permutation
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 
@@ -42,32 +42,27 @@ class Universe:
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:
         """Align all models to each other, in the units' order of `states[reference]`."""
-        images = problem.learn.images
-        pairs = [
-            moments(problem.model, problem.spaces, states[first:], 0, images) for first in range(len(states))
-        ]  # pairs[p][q - p] compares p with q
-        changes: list[list[Permutation]] = [[] for _ in states]
+        return self.aligned(Comparison(problem, states, reference, every_pair=True))
+
+    def aligned(self, comparison: Comparison) -> Aligned:
+        """Align models that are compared already, in all pairs.
+
+        Args:
+            comparison: of the models.
+        """
+        spaces = comparison.problem.spaces
+        changes: list[list[Permutation]] = [[] for _ in comparison.states]
         similarity = 0.0
-        for number in range(len(problem.spaces)):
-            similarities = [
-                [
-                    correlation(pairs[p][q - p][number]) if p <= q else correlation(pairs[q][p - q][number]).T
-                    for q in range(len(states))
-                ]
-                for p in range(len(states))
-            ]
-            found = universe(similarities, reference)
+        for joint, _ in zip(comparison.joint, spaces, strict=False):
+            similarities = correlations(joint)
+            found = universe(similarities, comparison.reference)
             for of_model, change in zip(changes, found, strict=True):
                 of_model.append(change)
-            similarity += agreement(similarities, found) / len(problem.spaces)
-        aligned = [
-            {name: tensor.clone() for name, tensor in state.items()}
-            if index == reference
-            else rebase(state, problem.spaces, of_model)
-            for index, (state, of_model) in enumerate(zip(states, changes, strict=True))
-        ]
+            similarity += agreement(similarities, found) / len(spaces)
         return Aligned(
-            tuple(aligned), server_examples=len(images), diagnostics={"matched-correlation": round(similarity, 6)}
+            comparison.permuted(changes),
+            server_examples=len(comparison.problem.learn),
+            diagnostics={"matched-correlation": round(similarity, 6)},
         )
 
 

@@ -8,18 +8,22 @@ What differs: the spaces come from tracing the model. Biases and the norms' scal
 statistics do not (a variance is on no scale with weights), but they are permuted along. A step is taken only if it
 raises the objective, so a tensor that one space both writes and reads cannot make it run in circles. The ascent ends
 in one of many local maxima; `start="activations"` begins it at the permutations of activation matching, and ends in a
-better one.
+better one. With `passes`, each model is then matched with the mean of the others (algorithm 3,
+`fedmerge.align.running_mean`): the inner products of all pairs of models, summed, never fall.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedmerge.align.activations import Activations, match
+from fedmerge.align.comparison import Comparison
+from fedmerge.align.matching import match
+from fedmerge.align.running_mean import matched_with_mean
 from fedmerge.basis import Permutation, put_units_first, rebase, units_first
 from fedmerge.problem import Aligned, Problem
 from fedmerge.seeds import fork
@@ -35,27 +39,40 @@ class Weights:
 
     Attributes:
         start: where to begin: "none" (the models as they came) or "activations" (matched on the server's images).
-        rounds: most passes over all spaces.
+        rounds: most times that all spaces are gone over, to match one model.
+        passes: most passes in which each model is matched with the mean of the others, after all with the reference.
     """
 
     start: str = "none"
     rounds: int = 100
+    passes: int = 0
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.passes < 0:
+            raise ValueError(f"passes must be at least 0, got {self.passes}")
 
     def __call__(
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:
         """Align all models to `states[reference]` by their weights."""
+        return self.aligned(Comparison(problem, states, reference), generator=generator)
+
+    def aligned(self, comparison: Comparison, *, generator: torch.Generator) -> Aligned:
+        """Align models that are compared already, or need not be.
+
+        Args:
+            comparison: of the models; it looks at images only for `start="activations"`.
+            generator: decides the order of the spaces, and of the models in a pass.
+        """
+        problem, states, reference = comparison.problem, comparison.states, comparison.reference
         seed = fork(generator)
         server_examples = 0
         if self.start == "activations":
-            first = Activations()(problem, states, reference, generator=generator)
-            states, server_examples = first.states, first.server_examples
+            states, server_examples = comparison.permuted(comparison.matches), len(problem.learn)
         fixed = _parameters(problem, states[reference])
         aligned, similarities = [], []
         for index, state in enumerate(states):
@@ -67,7 +84,18 @@ class Weights:
             changes, similarity = match_weights(fixed, moving, problem.spaces, rounds=self.rounds, generator=stream)
             aligned.append(rebase(state, problem.spaces, changes))
             similarities.append(round(similarity, 6))
-        return Aligned(tuple(aligned), server_examples, diagnostics={"cosine-similarities": similarities})
+        diagnostics: dict[str, Any] = {"cosine-similarities": similarities}
+        if not self.passes or len(aligned) == 1:
+            return Aligned(tuple(aligned), server_examples, diagnostics=diagnostics)
+
+        def matching(mean: StateDict, state: StateDict) -> list[Permutation]:
+            ours, theirs = (_parameters(problem, item) for item in (mean, state))
+            return match_weights(ours, theirs, problem.spaces, rounds=self.rounds, generator=generator)[0]
+
+        found, diagnostics["passes"] = matched_with_mean(
+            aligned, reference, problem.spaces, matching, passes=self.passes, generator=generator
+        )
+        return Aligned(found, server_examples, diagnostics=diagnostics)
 
 
 def match_weights(

@@ -1,0 +1,48 @@
+"""The best permutation for given similarities of units, and correlations as such similarities."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fedmerge.basis import Permutation
+from fedmerge.features import Joint, Moments
+
+
+def match(scores: Float64[Tensor, "units units"]) -> Permutation:
+    """Return the permutation of the columns that maximises the sum of the diagonal.
+
+    Args:
+        scores: finite; rows are the reference's units, columns the other model's.
+
+    Example:
+        >>> match(torch.tensor([[0.1, 0.9], [0.8, 0.2]])).index
+        tensor([1, 0])
+    """
+    _, columns = linear_sum_assignment(scores.numpy(), maximize=True)
+    return Permutation(torch.from_numpy(columns))
+
+
+def matched(scores: Float64[Tensor, "units units"], change: Permutation) -> float:
+    """Return the mean score of the units that a permutation of the columns makes one."""
+    return float(scores[torch.arange(len(scores)), change.index].mean())
+
+
+def correlation(found: Moments) -> Float64[Tensor, "units units"]:
+    """Return the correlations of the reference's units (rows) with the other's; 0 for a unit that never changes."""
+    return _normalised(found.cross, found.reference, found.other)
+
+
+def correlations(joint: Joint) -> list[list[Float64[Tensor, "units units"]]]:
+    """Return for models p and q the correlations of p's units (rows) and q's; all pairs must have been compared."""
+    models = range(len(joint.means))
+    own = [joint.covariance(model, model) for model in models]
+    return [[_normalised(joint.covariance(p, q), own[p], own[q]) for q in models] for p in models]
+
+
+def _normalised(cross: Tensor, reference: Tensor, other: Tensor) -> Float64[Tensor, "units units"]:
+    scales = [covariance.diagonal().clamp(min=0).sqrt() for covariance in (reference, other)]
+    inverse = [torch.where(scale > 0, 1 / scale, 0.0) for scale in scales]
+    return inverse[0][:, None] * cross * inverse[1]

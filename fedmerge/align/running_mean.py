@@ -1,0 +1,69 @@
+"""Iterated alignment: each model is matched with the mean of all others, again and again.
+
+Ainsworth, Hayase, Srinivasa: Git Re-Basin, ICLR 2023, arXiv 2209.04836, algorithm 3 (MergeMany). One after the other,
+in random order, the models are matched with the mean of the others as they are then, until a whole pass changes
+nothing. What differs: the models begin matched with the reference, and end in its order of units. The order of the
+clients matters, through the random order; `fedmerge.align.universe` is the matching in which it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedmerge.basis import Permutation, rebase
+from fedmerge.merge.average import mean_state
+from fedmerge.spaces import Space
+from fedmerge.state import StateDict
+
+Matching = Callable[[dict[str, Tensor], StateDict], Sequence[Permutation]]
+"""Finds the permutations of a model's spaces, given the mean of the others and the model."""
+
+
+def matched_with_mean(
+    states: Sequence[StateDict],
+    reference: int,
+    spaces: Sequence[Space],
+    matching: Matching,
+    *,
+    passes: int,
+    generator: torch.Generator,
+) -> tuple[tuple[dict[str, Tensor], ...], int]:
+    """Match each model with the mean of the others until nothing changes.
+
+    Args:
+        states: the models, matched with the reference.
+        reference: index of the model whose order of units is kept.
+        spaces: the feature spaces.
+        matching: finds a model's permutations.
+        passes: most passes over the models.
+        generator: decides the order of the models in each pass.
+
+    Returns:
+        The models with their units renamed (the reference as it was), and the passes that changed something.
+    """
+    current = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+    order = [torch.arange(space.size) for space in spaces]  # where the reference's units have gone
+    for done in range(passes):
+        changed = False
+        for model in torch.randperm(len(states), generator=generator).tolist():
+            others = mean_state([state for index, state in enumerate(current) if index != model])
+            changes = matching(others, current[model])
+            if all(torch.equal(change.index, torch.arange(change.size)) for change in changes):
+                continue
+            changed = True
+            current[model] = rebase(current[model], spaces, changes)
+            if model == reference:
+                order = [index[change.index] for index, change in zip(order, changes, strict=True)]
+        if not changed:
+            return _back(current, spaces, order), done
+    return _back(current, spaces, order), passes
+
+
+def _back(
+    states: Sequence[StateDict], spaces: Sequence[Space], order: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], ...]:
+    renaming = [Permutation(index.argsort()) for index in order]
+    return tuple(rebase(state, spaces, renaming) for state in states)
