@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedmerge.settings import ConfigurationError, convert, known
+
+STATISTICS = ("fisher", "gram")
+"""What a client may tell of its model and its data beside the weights (`fedmerge.statistics`)."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,14 @@ class Entry:
         summary: one line for `fedmerge list`.
         target: module:class of its frozen dataclass.
         options: the fields that the name sets.
+        needs: what it needs beside the clients' models: "start" (the weights that all clients started from), or one of
+            `STATISTICS`.
     """
 
     summary: str
     target: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 ALIGNERS: Mapping[str, Entry] = {
@@ -47,6 +53,7 @@ ALIGNERS: Mapping[str, Entry] = {
     "ot": Entry("assign units softly by optimal transport (OTFusion)", "fedmerge.align.ot:OptimalTransport"),
 }
 
+_FLOWER = "fedmerge.flower_strategies:"
 _FINETUNE = "fedmerge.merge.finetune:FineTune"
 
 MERGERS: Mapping[str, Entry] = {
@@ -59,6 +66,7 @@ MERGERS: Mapping[str, Entry] = {
         "NP Merge as in its paper: sigmoid coefficients, successive pairs", "fedmerge.merge.nonuniform:PairwiseNPMerge"
     ),
     "finetune": Entry("fine-tune the uniform mean on the server's examples", _FINETUNE),
+    "head-finetune": Entry("fine-tune the last layer of the uniform mean alone", _FINETUNE, {"layers": "head"}),
     "best-client": Entry("the client with the lowest loss on the server's examples", "fedmerge.merge.best:BestClient"),
     "best-client-finetune": Entry("fine-tune the best client on the server's examples", _FINETUNE, {"start": "best"}),
     "server-only": Entry("train a new model on the server's examples alone", _FINETUNE, {"start": "fresh"}),
@@ -89,6 +97,11 @@ MERGERS: Mapping[str, Entry] = {
         {"targets": "hard"},
     ),
     "finetune-distill": Entry("fine-tune the uniform mean on the same classes", _FINETUNE, {"targets": "hard"}),
+    "feddf": Entry(
+        "fine-tune the uniform mean on the ensemble's mean probabilities (FedDF); no server label is used",
+        _FINETUNE,
+        {"targets": "soft", "teacher": "mean"},
+    ),
     "best-client-distill": Entry(
         "fine-tune the client with the lowest loss on the same classes", _FINETUNE, {"start": "best", "targets": "hard"}
     ),
@@ -104,6 +117,89 @@ MERGERS: Mapping[str, Entry] = {
     ),
     "finetune-semi": Entry(
         "fine-tune the uniform mean on the same labels and classes", _FINETUNE, {"targets": "completed"}
+    ),
+    "task-arithmetic": Entry(
+        "the clients' start plus the scaled sum of what each has learned from there",
+        "fedmerge.merge.arithmetic:TaskArithmetic",
+        needs=("start",),
+    ),
+    "ties": Entry(
+        "task arithmetic with small changes trimmed and signs elected", "fedmerge.merge.ties:TIES", needs=("start",)
+    ),
+    "adamerging": Entry(
+        "learned coefficients of task vectors, one for each client and tensor",
+        "fedmerge.merge.adamerging:AdaMerging",
+        needs=("start",),
+    ),
+    "adamerging-entropy": Entry(
+        "the same by the entropy of the predictions; no server label is used",
+        "fedmerge.merge.adamerging:AdaMerging",
+        {"entropy": True},
+        ("start",),
+    ),
+    "pleas": Entry(
+        "least squares of each linear layer on the server's images, after a permutation (PLeaS)",
+        "fedmerge.merge.pleas:PLeaS",
+    ),
+    "fisher": Entry(
+        "mean weighted by the diagonal Fisher information that clients send",
+        "fedmerge.merge.fisher:FisherMerge",
+        needs=("fisher",),
+    ),
+    "fedfisher": Entry(
+        "from the mean towards that mean, stopped by validation (FedFisher, diagonal)",
+        "fedmerge.merge.fedfisher:FedFisher",
+        needs=("fisher",),
+    ),
+    "regmean": Entry(
+        "least squares of each linear layer, by the Gram matrices that clients send",
+        "fedmerge.merge.regmean:RegMean",
+        needs=("gram",),
+    ),
+    "flower-fedadam": Entry(
+        "a step of Adam from the clients' start (Flower's FedAdam)",
+        _FLOWER + "Adaptive",
+        {"strategy": "FedAdam"},
+        ("start",),
+    ),
+    "flower-fedyogi": Entry(
+        "a step of Yogi from the clients' start (Flower's FedYogi)",
+        _FLOWER + "Adaptive",
+        {"strategy": "FedYogi"},
+        ("start",),
+    ),
+    "flower-fedadagrad": Entry(
+        "a step of Adagrad from the clients' start (Flower's FedAdagrad)",
+        _FLOWER + "Adaptive",
+        {"strategy": "FedAdagrad"},
+        ("start",),
+    ),
+    "flower-fedavgm": Entry(
+        "a scaled step from the clients' start to their mean (Flower's FedAvgM)",
+        _FLOWER + "Momentum",
+        {"strategy": "FedAvgM"},
+        ("start",),
+    ),
+    "flower-median": Entry(
+        "the clients' median of each number (Flower's FedMedian)", _FLOWER + "Robust", {"strategy": "FedMedian"}
+    ),
+    "flower-trimmed-mean": Entry(
+        "the mean of each number without the extremes (Flower's FedTrimmedAvg)",
+        _FLOWER + "Robust",
+        {"strategy": "FedTrimmedAvg"},
+    ),
+    "flower-krum": Entry(
+        "the client that is nearest to the others (Flower's Krum)", _FLOWER + "Robust", {"strategy": "Krum"}
+    ),
+    "flower-multikrum": Entry(
+        "mean of the clients that are nearest to the others (Flower's MultiKrum)",
+        _FLOWER + "Robust",
+        {"strategy": "MultiKrum"},
+    ),
+    "flower-bulyan": Entry(
+        "trimmed mean of the clients that are nearest to the others (Flower's Bulyan)",
+        _FLOWER + "Robust",
+        {"strategy": "Bulyan"},
     ),
 }
 
@@ -159,12 +255,21 @@ def parse_method(text: str) -> tuple[str, str]:
         >>> parse_method("activations+np"), parse_method("mean")
         (('activations', 'np'), ('identity', 'mean'))
     """
-    align, plus, merge = text.partition("+")
-    if not plus:
-        align, merge = "identity", text
+    align, merge = _parts(text)
     resolve("aligner", align, ALIGNERS)
     resolve("merger", merge, MERGERS)
     return align, merge
+
+
+def needs(methods: Iterable[str]) -> frozenset[str]:
+    """Return what methods need beside the clients' models (see `Entry`); they are not checked.
+
+    Example:
+        >>> sorted(needs(["mean", "ties:keeps=0.5"]))
+        ['start']
+    """
+    names = [_parts(method)[1].partition(":")[0] for method in methods]
+    return frozenset(need for name in names if name in MERGERS for need in MERGERS[name].needs)
 
 
 def method_name(align: str, merge: str) -> str:
@@ -175,6 +280,11 @@ def method_name(align: str, merge: str) -> str:
         ('activations+np', 'mean')
     """
     return merge if align == "identity" else f"{align}+{merge}"
+
+
+def _parts(method: str) -> tuple[str, str]:
+    align, plus, merge = method.partition("+")
+    return (align, merge) if plus else ("identity", method)
 
 
 def _value(what: str, text: str, kind: Any) -> Any:

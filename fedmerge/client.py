@@ -26,6 +26,7 @@ from fedmerge.problem import Examples, Update
 from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
 from fedmerge.state import StateDict, num_bytes
+from fedmerge.statistics import collect
 from fedmerge.train import Evaluation, LocalTraining, evaluate, fit
 from fedmerge.wire import (
     ARRAYS,
@@ -34,6 +35,7 @@ from fedmerge.wire import (
     NUM_EXAMPLES,
     NUM_PARTITIONS,
     PARTITION_ID,
+    PROXIMAL_MU,
     SERVER_ROUND,
     state_from_arrays,
     update_to_records,
@@ -59,6 +61,7 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
             arrays = message.content.array_records.get(ARRAYS)
             examples = load(config)
             start = None if arrays is None else state_from_arrays(arrays, _architecture(config, examples).state_dict())
+            config = _told(config, message)
             update = train_client(config, examples, partition_id, _server_round(message), start)
             return update_to_records(update, upload_dtype=config.upload_dtype)
 
@@ -120,12 +123,15 @@ def train_client(
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        proximal_mu=config.proximal_mu,
     )
     with _reproducible():
         device = choose_device(config.device)
         model, data = model.to(device), own.to(device)
         state, _ = fit(model, start, data, recipe, generator=generator(config.seed, *path, "round", server_round))
         result = evaluate(model, [state], data)
+        chance = generator(config.seed, *path, "statistics", server_round)
+        told = collect(config.statistics, model, state, data.images, generator=chance)
     state = {name: tensor.cpu() for name, tensor in state.items()}
     return Update(
         state=state,
@@ -134,6 +140,7 @@ def train_client(
         label_counts=_label_counts(own, len(examples.classes)) if config.label_counts else None,
         metrics={"loss": result.loss, "accuracy": result.accuracy, "seconds": time.perf_counter() - began},
         num_bytes=num_bytes(state),
+        statistics={kind: {name: tensor.cpu() for name, tensor in of.items()} for kind, of in told.items()},
     )
 
 
@@ -233,6 +240,13 @@ def _server_round(message: Message) -> int:
     if not isinstance(server_round, int) or server_round < 1:
         raise ValueError(f"the message's record '{CONFIG}' has {SERVER_ROUND}={server_round!r}, expected 1 or more")
     return server_round
+
+
+def _told(config: Config, message: Message) -> Config:
+    """Return the configuration with what a strategy may tell with the message: FedProx's μ."""
+    record = message.content.config_records.get(CONFIG)
+    told = None if record is None else record.get(PROXIMAL_MU)
+    return config if told is None else Config.from_mapping({**config.to_mapping(), PROXIMAL_MU: told})
 
 
 def _architecture(config: Config, examples: Federation, seed: int = 0) -> nn.Module:

@@ -99,7 +99,7 @@ def checkpoint_config(config: Config, count: int) -> Config:
         config: the architecture, and the data that the server's images are drawn from.
         count: number of checkpoints.
     """
-    return config.replace(clients=count, partition="iid", client_examples=0, min_completed=count)
+    return config.replace(clients=count, partition="iid", client_examples=0, min_completed=count, init="independent")
 
 
 def read_checkpoints(
@@ -198,9 +198,9 @@ class Bench:
         self.config = Config.from_mapping(settings)
         self.updates = updates
         device = choose_device(self.config.device)
-        model = _architecture(self.config, examples).to(device)
-        server = examples.server.to(device)
-        self.problem = Problem(model, server, self.config.seed, self.config.batch_size, progress)
+        model, server = _architecture(self.config, examples).to(device), examples.server.to(device)
+        start = model.state_dict() if self.config.init == "shared" else None
+        self.problem = Problem(model, server, self.config.seed, self.config.batch_size, progress, start=start)
         self.evaluation = examples.evaluation.to(device)
         self.prepared: dict[tuple[str, object], tuple[Problem, Alignment]] = {}
 
@@ -226,8 +226,8 @@ class Bench:
                     outcome=outcome,
                     model=self.problem.model,
                     evaluation=self.evaluation,
-                    bytes_up=sum(update.num_bytes for update in self.updates),
-                    bytes_down=len(self.updates) * num_bytes(state) if self.config.init == "shared" else 0,
+                    bytes_up=results.bytes_up(self.updates, method),
+                    bytes_down=len(self.updates) * num_bytes(state) if self.problem.start else 0,
                 )
         except (ArithmeticError, RuntimeError, ValueError) as error:  # this method's; the others go on
             logger.exception("method '%s' failed", method)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedmerge.catalogue import STATISTICS, needs
 from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 
 if sys.version_info >= (3, 11):
@@ -56,6 +57,7 @@ class Config:
     lr: float = _option(0.05, "the clients' learning rate (SGD, cosine decay to 0)")
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
+    proximal_mu: float = _option(0.0, "FedProx: pull of the clients' weights toward the round's start, at least 0")
     rounds: int = _option(1, "federated rounds; each starts from the last merged model")
     server_examples: int = _option(100, "images that the server owns, in no client and in no evaluation")
     server_labels: int = _option(-1, "how many of the server's images it knows the classes of; -1: of all, 0: of none")
@@ -66,6 +68,9 @@ class Config:
     seed: int = _option(0, "seed of everything that is random")
     upload_dtype: str = _option("float32", "numbers in a client's reply: float32, or float16 for half the bytes")
     label_counts: bool = _option(True, "clients tell the server how many images of each class they have")
+    client_statistics: str = _option(
+        "", "what clients send beside their model: fisher, gram or fisher/gram; what methods need is always asked for"
+    )
     min_completed: int = _option(2, "fewer good updates than this fail the round")
     timeout: float = _option(3600.0, "seconds to wait for the clients in a round")
     client_cpus: float = _option(1.0, "CPUs of a client in the simulation")
@@ -78,11 +83,13 @@ class Config:
     def __post_init__(self) -> None:
         for name, allowed in (("init", INITIALISATIONS), ("split", SPLITS), ("upload_dtype", UPLOAD_DTYPES)):
             known(flag(name), getattr(self, name), allowed)
+        for kind in self.client_statistics.split("/") if self.client_statistics else ():
+            known(flag("client_statistics"), kind, STATISTICS)
         for name in ("clients", "batch_size", "rounds", "min_completed"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("client_examples", "server_examples", "threads", "min_client_examples"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("client_gpus", "weight_decay"):
+        for name in ("client_gpus", "weight_decay", "proximal_mu"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("alpha", "lr", "client_cpus", "timeout"):
             self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
@@ -127,6 +134,17 @@ class Config:
             (300, 0)
         """
         return self.server_examples if self.server_labels < 0 else self.server_labels
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What clients tell of their data under their model: what is asked for, and what `merge` needs.
+
+        Example:
+            >>> Config(client_statistics="gram", merge="fisher").statistics
+            ('fisher', 'gram')
+        """
+        wanted = {*self.client_statistics.split("/"), *needs([f"identity+{self.merge}"])}
+        return tuple(kind for kind in STATISTICS if kind in wanted)
 
     def replace(self, **changes: Value) -> Config:
         """Return the configuration with some fields changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from fedmerge.merge.objective import Objective
 from fedmerge.problem import LABEL_COUNTS, LABELS, Aligned, Merged, Problem, Update
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
-from fedmerge.state import conform
+from fedmerge.state import StateDict, conform
+from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,11 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
         diagnostics["reference"] = ordered[reference].partition_id
     found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
+    if any(update.statistics for update in ordered):
+        aligned = [
+            replace(update, statistics=_following(problem, update, found, place))
+            for place, update in enumerate(aligned)
+        ]
     seconds = time.perf_counter() - started
     logger.info("aligned %d models by '%s' in %.1f s", len(ordered), align, seconds)
     return Alignment(
@@ -216,6 +222,14 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
     )
 
 
+def _following(problem: Problem, update: Update, found: Aligned, place: int) -> Mapping[str, StateDict]:
+    """Return the statistics of an update in its new basis; none where they cannot follow."""
+    if found.changes is None:
+        return {}
+    changes = found.changes[place]
+    return rebased(update.statistics, update.state, problem.spaces, changes) if changes else update.statistics
+
+
 def _conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
     """Return the updates by partition id, their states checked, in the model's dtypes and where the problem is."""
     ids = sorted(update.partition_id for update in updates)
@@ -227,4 +241,14 @@ def _conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
     states = [
         {name: tensor.to(device) for name, tensor in conform(update.state, expected).items()} for update in ordered
     ]
-    return [replace(update, state=state) for update, state in zip(ordered, states, strict=True)]
+    statistics = [
+        {
+            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
+            for kind, tensors in update.statistics.items()
+        }
+        for update in ordered
+    ]
+    return [
+        replace(update, state=state, statistics=told)
+        for update, state, told in zip(ordered, states, statistics, strict=True)
+    ]

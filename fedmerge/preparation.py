@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 
+from fedmerge.catalogue import STATISTICS, needs
 from fedmerge.config import Config
 from fedmerge.runs import Run
 from fedmerge.settings import ConfigurationError, flag, known
@@ -30,7 +32,10 @@ def prepare(
         return _resumed(context, run, command, config, settings), run
     from fedmerge.oneshot import check_needs
 
-    _check(config.replace(seed=settings.get("seeds", [config.seed])[0]))
+    methods = settings.get("methods", [f"{config.align}+{config.merge}"])
+    _check(config.replace(seed=settings.get("seeds", [config.seed])[0]), methods)
+    asked = {*config.statistics, *needs(methods)}
+    config = config.replace(client_statistics="/".join(kind for kind in STATISTICS if kind in asked))
     if command == "simulate":
         name = config.merge.partition(":")[0]
         if name.startswith("ensemble"):
@@ -75,7 +80,7 @@ def relabelled(run: Run, server_labels: int | None, *, apart: bool) -> Config:
     return wanted
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, methods: Sequence[str]) -> None:
     """Find out what is wrong before anything is written: names, then data, partition and model."""
     from fedmerge import federation, models
     from fedmerge.catalogue import parse_method
@@ -86,6 +91,10 @@ def _check(config: Config) -> None:
         known("data set", config.data, [name for name in DATASETS if ":" not in name])
     known("partition", config.partition, PARTITIONS)
     parse_method(f"{config.align}+{config.merge}")
+    if config.init != "shared" and (of_start := [method for method in methods if "start" in needs([method])]):
+        raise ConfigurationError(
+            f"{', '.join(of_start)}: needs the weights that all clients started from, give --init shared"
+        )
     examples = federation.load(config)
     if len(examples.server) == 0:
         raise ConfigurationError(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedmerge.basis import BasisChange
 from fedmerge.seeds import generator
 from fedmerge.spaces import Space
 from fedmerge.state import StateDict
@@ -109,6 +110,7 @@ class Update:
         label_counts: images of each class, or None where the client keeps them to itself.
         metrics: loss, accuracy and seconds of the local training, as reported.
         num_bytes: size of the state as it was sent.
+        statistics: of its data under its model, by kind (`fedmerge.statistics`); those that were asked for.
     """
 
     state: StateDict
@@ -117,6 +119,7 @@ class Update:
     label_counts: tuple[int, ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_bytes: int = 0
+    statistics: Mapping[str, StateDict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ class Problem:
         progress: called on long work.
         blind: the data's labels and targets are a teacher's, and the server's own labels have no part in them.
         taught: a teacher has a part in the data's labels or targets.
+        start: the weights that every client's training started from; None where they are not one, or not known.
     """
 
     model: nn.Module
@@ -176,6 +180,7 @@ class Problem:
     progress: Progress = silent
     blind: bool = False
     taught: bool = False
+    start: StateDict | None = None
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -233,8 +238,12 @@ class Problem:
         return self.labelled if self.refits else self.folds[0][1]
 
     def restricted(self, data: Examples) -> Problem:
-        """Return the problem of a server that owns `data` alone; spaces that are derived already are kept."""
-        part = replace(self, data=data)
+        """Return the problem of a server that owns `data` alone."""
+        return self.changed(data=data)
+
+    def changed(self, **changes: Any) -> Problem:
+        """Return the problem with other attributes; spaces that are derived already are kept."""
+        part = replace(self, **changes)
         if "spaces" in vars(self):
             vars(part)["spaces"] = self.spaces
         return part
@@ -275,12 +284,14 @@ class Aligned:
         server_examples: how many of the server's examples were used.
         server_labels: whether their labels were used.
         diagnostics: in JSON's types.
+        changes: of each model, one for each space, or () where nothing has changed; None: more than these.
     """
 
     states: tuple[dict[str, Tensor], ...]
     server_examples: int = 0
     server_labels: bool = False
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    changes: tuple[Sequence[BasisChange], ...] | None = None
 
 
 class Merger(Protocol):

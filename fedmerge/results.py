@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from fedmerge.catalogue import STATISTICS, needs
 from fedmerge.oneshot import Outcome
-from fedmerge.problem import Examples
+from fedmerge.problem import Examples, Update
 from fedmerge.runs import Result
+from fedmerge.state import num_bytes
 from fedmerge.train import evaluate
 
 
@@ -49,6 +53,18 @@ def measured(
         "models": len(outcome.merged.states),
         "diagnostics": outcome.diagnostics,
     }
+
+
+def bytes_up(updates: Sequence[Update], method: str) -> int:
+    """Return the bytes that clients send for a method: their models, and the statistics that it needs.
+
+    Args:
+        updates: the clients'.
+        method: ALIGNER+MERGER.
+    """
+    kinds = [kind for kind in STATISTICS if kind in needs([method])]
+    told = sum(num_bytes(update.statistics.get(kind, {})) for update in updates for kind in kinds)
+    return told + sum(update.num_bytes for update in updates)
 
 
 def failed(*, method: str, seed: int, server_round: int, reason: str) -> Result:

@@ -3,6 +3,7 @@
     RUN/config.json                                    command, configuration, versions
     RUN/partitions/seed-0.json                         indices of the clients', the server's and the evaluation images
     RUN/updates/seed-0/round-1/client-00003.safetensors    what a client sent, its metadata in the header
+    RUN/updates/seed-0/round-1/fisher/client-00003.safetensors    a statistic that it was asked for (or gram/)
     RUN/models/seed-0/round-1/METHOD.safetensors       merged models (METHOD-00001-… for an ensemble's members)
     RUN/results.jsonl                                  a line for each method, seed and round; the last one counts
     RUN/log.txt, RUN/report.html, RUN/figures/
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from fedmerge.catalogue import STATISTICS
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
 from fedmerge.problem import Update
@@ -161,12 +163,16 @@ class Run:
             "metrics": dict(update.metrics),
             "num-bytes": update.num_bytes,
         }
-        content = serialize(update.state, {"fedmerge": json.dumps(about)})
-        self._write(self._update_path(seed, server_round, update.partition_id), content)
+        path = self._update_path(seed, server_round, update.partition_id)
+        for kind, tensors in update.statistics.items():  # before the update, whose file says that all is there
+            self._write(path.parent / kind / path.name, serialize(tensors))
+        self._write(path, serialize(update.state, {"fedmerge": json.dumps(about)}))
 
     def load_update(self, seed: int, server_round: int, partition_id: int) -> Update:
         """Return one stored update."""
-        state, header = read_checkpoint(self._update_path(seed, server_round, partition_id))
+        path = self._update_path(seed, server_round, partition_id)
+        state, header = read_checkpoint(path)
+        told = {kind: path.parent / kind / path.name for kind in STATISTICS}
         about = json.loads(header["fedmerge"])
         counts = about["label-counts"]
         return Update(
@@ -176,6 +182,7 @@ class Run:
             label_counts=None if counts is None else tuple(counts),
             metrics=about["metrics"],
             num_bytes=about["num-bytes"],
+            statistics={kind: read_checkpoint(file)[0] for kind, file in told.items() if file.exists()},
         )
 
     def load_updates(self, seed: int, server_round: int = 1) -> list[Update]:

@@ -184,7 +184,7 @@ class _Session:
             outcome=outcome,
             model=self.strategy.problem.model,
             evaluation=self.federation.evaluation.to(self.strategy.problem.data.images.device),
-            bytes_up=sum(update.num_bytes for update in updates),
+            bytes_up=results.bytes_up(updates, method),
             bytes_down=self.grid.bytes_sent - self.bytes_sent_before,
         )
         self.bytes_sent_before = self.grid.bytes_sent

@@ -40,6 +40,7 @@ from fedmerge.wire import (
     arrays_from_state,
     average_metrics,
     finite_scalars,
+    state_from_arrays,
     update_from_records,
 )
 
@@ -158,6 +159,9 @@ class OneShotMerge(FedAvg):
         content = RecordDict({self.configrecord_key: ConfigRecord({**config, SERVER_ROUND: server_round})})
         if server_round > 1 or self.send_arrays_first_round:
             content[self.arrayrecord_key] = arrays
+            start = state_from_arrays(arrays, self.problem.model.state_dict())
+            start = {name: tensor.to(self.problem.data.images.device) for name, tensor in start.items()}
+            self.problem = self.problem.changed(start=start)
         self._asked = frozenset(chosen)
         return [
             Message(content=content, dst_node_id=node_id, message_type=MessageType.TRAIN, ttl=self.ttl)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class LocalTraining:
         lr: learning rate of the first step.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 penalty's factor.
+        proximal_mu: μ of FedProx: the penalty μ/2 ‖θ − start‖² holds the weights near the start.
     """
 
     epochs: int = 10
@@ -43,6 +45,7 @@ class LocalTraining:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
+    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def fit(
         raise ValueError("there are no examples to train on")
     model.load_state_dict(dict(state))
     model.train()
+    start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.proximal_mu else []
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
     )
@@ -97,13 +101,28 @@ def fit(
                 optimizer.zero_grad()
                 loss = functional.cross_entropy(model(batch.images), batch.labels)
                 loss.backward()  # type: ignore[no-untyped-call]
+                if recipe.proximal_mu:
+                    _pull(model, start, recipe.proximal_mu)
                 optimizer.step()
                 schedule.step()
                 total += loss.detach() * len(batch)
             mean_loss = float(total) / len(examples)
             if not math.isfinite(mean_loss):
-                raise Diverged(f"the training loss became {mean_loss}; lower --lr (it is {recipe.lr})")
+                prox = f" or --proximal-mu (it is {recipe.proximal_mu})" if recipe.proximal_mu else ""
+                raise Diverged(f"the training loss became {mean_loss}; lower --lr (it is {recipe.lr}){prox}")
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
+
+
+@torch.no_grad()
+def _pull(model: nn.Module, start: Sequence[Tensor], strength: float) -> None:
+    """Add the gradient of the proximal term to the parameters' gradients.
+
+    Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv
+    1812.06127.
+    """
+    for parameter, was in zip(model.parameters(), start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad += strength * (parameter - was)
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
@@ -143,12 +162,19 @@ def predict(model: nn.Module, state: StateDict, images: Tensor) -> Tensor:
         state: its weights.
         images: on the state's device.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return torch.cat(
             [functional_call(model, dict(state), (part,)) for part in torch.split(images, EVALUATION_BATCH)]
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode inside the block, and each of its modules back into its own after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, was_training in modes:  # a layer may have been frozen in a model that trains
             module.training = was_training

@@ -1,8 +1,9 @@
 """Updates as Flower records, and back: the boundary at which nothing that arrives is trusted.
 
-A reply holds one ArrayRecord (the state dict) and one MetricRecord: `num-examples`, and from our own clients also
-`partition-id`, `label-counts`, `loss`, `accuracy` and `seconds`. What does not fit raises `MalformedUpdate` before
-memory is spent on it: the sizes that headers tell are compared with the model's before an array is read.
+A reply holds one ArrayRecord (the state dict), one more for each statistic that was asked for, and one MetricRecord:
+`num-examples`, and from our own clients also `partition-id`, `label-counts`, `loss`, `accuracy` and `seconds`. What
+does not fit raises `MalformedUpdate` before memory is spent on it: the sizes that headers tell are compared with the
+model's before an array is read.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedmerge.catalogue import STATISTICS
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, check_state, conform, num_bytes
+from fedmerge.statistics import expected_shape
 
 T = TypeVar("T")
 
@@ -30,6 +33,8 @@ PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
 LABEL_COUNTS = "label-counts"
 SERVER_ROUND = "server-round"
+PROXIMAL_MU = "proximal-mu"
+"""Where Flower's FedProx tells clients its μ."""
 REPORTED = ("loss", "accuracy", "seconds")
 
 NUMPY_FORMAT = "numpy.ndarray"
@@ -108,7 +113,10 @@ def update_to_records(update: Update, *, upload_dtype: str) -> RecordDict:
             metrics[name] = float(update.metrics[name])
     if update.label_counts is not None:
         metrics[LABEL_COUNTS] = list(update.label_counts)
-    return RecordDict({ARRAYS: arrays_from_state(update.state, getattr(torch, upload_dtype)), METRICS: metrics})
+    content = RecordDict({ARRAYS: arrays_from_state(update.state, getattr(torch, upload_dtype)), METRICS: metrics})
+    for kind, tensors in update.statistics.items():
+        content[kind] = arrays_from_state(tensors)
+    return content
 
 
 def update_from_records(
@@ -131,7 +139,8 @@ def update_from_records(
     Raises:
         MalformedUpdate: if anything in it cannot be used.
     """
-    arrays = _only("ArrayRecord", content.array_records)
+    records = content.array_records
+    arrays = _only("ArrayRecord", {name: record for name, record in records.items() if name not in STATISTICS})
     metrics = _only("MetricRecord", content.metric_records)
     state, size = _state_and_size(arrays, expected)
     partition_id = metrics.get(PARTITION_ID, fallback_id)
@@ -144,6 +153,7 @@ def update_from_records(
         label_counts=_label_counts(metrics, num_classes),
         metrics={name: _finite(name, metrics[name]) for name in REPORTED if name in metrics},
         num_bytes=size,
+        statistics={kind: _statistic(kind, records[kind], expected) for kind in STATISTICS if kind in records},
     )
 
 
@@ -200,6 +210,18 @@ def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str,
     except MalformedState as error:
         raise MalformedUpdate(str(error)) from error
     return state, num_bytes(sent)
+
+
+def _statistic(kind: str, arrays: ArrayRecord, expected: StateDict) -> dict[str, Tensor]:
+    found = {}
+    for name, array in arrays.items():
+        shape = expected_shape(kind, name, expected)
+        if shape is None:
+            raise MalformedUpdate(f"the statistic '{kind}' tells of '{name}', which the model has no weights of")
+        found[name] = _read(name, array, shape)
+        if not found[name].is_floating_point() or not bool(torch.isfinite(found[name]).all()):
+            raise MalformedUpdate(f"the statistic '{kind}' of '{name}' is not of finite floating-point numbers")
+    return found
 
 
 def _read(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fedmerge.basis import Permutation, rebase
+from fedmerge.catalogue import STATISTICS
 from fedmerge.models import create
 from fedmerge.problem import Examples, Problem, Update
 from fedmerge.seeds import generator
+from fedmerge.statistics import collect
 from fedmerge.train import LocalTraining, fit
 
 SHAPE = (1, 6, 6)
@@ -26,7 +29,9 @@ def blobs(count: int, seed: int, classes: tuple[int, ...] = (0, 1, 2)) -> Exampl
 
 
 def problem_of(name: str, server_examples: int = 60) -> Problem:
-    return Problem(create(name, shape=SHAPE, num_classes=3, seed=99), blobs(server_examples, seed=7), batch_size=16)
+    model = create(name, shape=SHAPE, num_classes=3, seed=99)
+    start = create(name, shape=SHAPE, num_classes=3, seed=0).state_dict()  # that of `trained(…, shared=True)`
+    return Problem(model, blobs(server_examples, seed=7), batch_size=16, start=start)
 
 
 def trained(name: str, count: int = 3, *, shared: bool = False) -> list[Update]:
@@ -42,6 +47,16 @@ def _trained(name: str, client: int, shared: bool) -> Update:
     start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state, _ = fit(model, start, examples, LocalTraining(epochs=4, lr=0.02), generator=generator(client, "fit"))
     return Update(state, len(examples), client, tuple(examples.labels.bincount(minlength=3).tolist()))
+
+
+def with_statistics(problem: Problem, updates: list[Update], kinds: Sequence[str] = STATISTICS) -> list[Update]:
+    """Return the updates with statistics of their models, each on other images."""
+    found = []
+    for update in updates:
+        images, stream = blobs(20, seed=update.partition_id).images, generator(update.partition_id, "statistics")
+        told = collect(kinds, problem.model, update.state, images.to(problem.data.images), generator=stream)
+        found.append(replace(update, statistics=told))
+    return found
 
 
 def shuffled(problem: Problem, update: Update, seed: int) -> Update:

@@ -1,5 +1,6 @@
 """The gate, and the choice by the protocol that it shares with other aligners."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_the_models_are_compared_once_for_all_aligners(monkeypatch: pytest.Monke
 
 def test_a_candidate_is_calibrated_on_at_most_1024_images_from_all_of_the_part() -> None:
     problem, states = problem_of("vgg11-bn@0.05", server_examples=1400), models("vgg11-bn@0.05", 2)
-    found = choose(problem, lambda _: {name: lambda: tuple(states) for name in ("one", "other")})
+    found = choose(problem, lambda _: {name: lambda: Aligned(tuple(states)) for name in ("one", "other")})
     ((learn, validation),) = problem.folds
     assert len(learn) == 1120
     mean = calibrate(problem.model, mean_state(states), learn.images[::2])
@@ -126,7 +127,7 @@ def test_what_cannot_follow_a_model_is_left_out_by_name(examples: int) -> None:
         assert set(found.diagnostics["validation-losses"]) == {"identity"}
 
 
-def refused() -> tuple[dict[str, Tensor], ...]:
+def refused() -> Aligned:
     raise UnsupportedOperation("it cannot be done")
 
 
@@ -138,16 +139,17 @@ def test_a_choice_in_which_all_fail_raises_the_failure() -> None:
 def test_a_loss_that_is_not_finite_leaves_a_candidate_out() -> None:
     problem, (first, second) = problem_of("mlp@0.1"), models("mlp@0.1", 2)
     broken = {name: tensor * 1e30 for name, tensor in second.items()}
-    found = choose(problem, lambda _: {"broken": lambda: (broken, broken), "whole": lambda: (first, second)})
+    alignments = {"broken": Aligned((broken, broken)), "whole": Aligned((first, second))}
+    found = choose(problem, lambda _: {name: partial(dict.__getitem__, alignments, name) for name in alignments})
     assert found.name == "whole"
     assert set(found.losses) == {"whole"}
     assert "validation loss is" in found.failed["broken"]
     with pytest.raises(Unusable):
-        choose(problem, lambda _: {name: lambda: (broken, broken) for name in ("first", "second")})
+        choose(problem, lambda _: {name: lambda: Aligned((broken, broken)) for name in ("first", "second")})
 
 
 def test_a_fault_of_ours_is_not_taken_for_a_candidate_that_fails() -> None:
-    def faulty() -> tuple[dict[str, Tensor], ...]:
+    def faulty() -> Aligned:
         raise KeyError("1.weight")
 
     with pytest.raises(KeyError):
@@ -160,7 +162,7 @@ def test_candidates_are_fitted_on_what_they_are_not_judged_on() -> None:
 
     def candidates(part: Problem) -> dict[str, object]:
         seen.append(len(part.learn))
-        whole = Identity()(part, states, 0, generator=torch.Generator()).states
+        whole = Identity()(part, states, 0, generator=torch.Generator())
         return {"one": lambda: whole, "other": lambda: whole}
 
     choose(problem, candidates)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmerge.align.activations import Activations
 from fedmerge.align.running_mean import matched_with_mean
 from fedmerge.align.weights import Weights, match_weights
-from fedmerge.basis import Permutation
+from fedmerge.basis import Permutation, rebase
 from fedmerge.merge.average import mean_state
 from fedmerge.problem import Problem
 from fedmerge.state import StateDict
@@ -37,12 +37,19 @@ def agreement(states: tuple[dict[str, Tensor], ...] | list[dict[str, Tensor]]) -
     return float(products.sum() - products.trace()) / 2
 
 
-def by_weights(problem: Problem, seen: list[float], states: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], ...]:
-    def matching(mean: dict[str, Tensor], state: StateDict) -> list[Permutation]:
+def renamed(
+    problem: Problem, states: list[dict[str, Tensor]], changes: list[list[Permutation]]
+) -> list[dict[str, Tensor]]:
+    return [rebase(state, problem.spaces, of_model) for state, of_model in zip(states, changes, strict=True)]
+
+
+def by_weights(problem: Problem, seen: list[float], states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def matching(mean: StateDict, state: StateDict) -> list[Permutation]:
         return match_weights(mean, state, problem.spaces, rounds=100, generator=stream())[0]
 
     for passes in range(6):
-        found, done = matched_with_mean(states, 0, problem.spaces, matching, passes=passes, generator=stream(1))
+        changes, done = matched_with_mean(states, 0, problem.spaces, matching, passes=passes, generator=stream(1))
+        found = renamed(problem, states, changes)
         assert done <= passes
         seen.append(agreement(found))
     return found
@@ -61,7 +68,7 @@ def test_the_similarity_of_all_pairs_never_falls() -> None:
 def test_it_ends_where_no_model_fits_the_mean_of_the_others_better() -> None:
     problem = problem_of("mlp@0.1")
     states = wide([update.state for update in trained("mlp@0.1", 3)])
-    found = list(by_weights(problem, [], states))
+    found = by_weights(problem, [], states)
     again, done = matched_with_mean(
         found,
         0,
@@ -71,7 +78,7 @@ def test_it_ends_where_no_model_fits_the_mean_of_the_others_better() -> None:
         generator=stream(2),
     )
     assert done == 0
-    assert all(map(same, again, found))
+    assert all(map(same, renamed(problem, found, again), found))
 
 
 @pytest.mark.parametrize("method", ALIGNERS)

@@ -137,7 +137,7 @@ def test_shuffled_copies_are_zipped_back(name: str, setting: tuple[float, float,
     (update,) = trained(name, 1)
     states = [update.state, *(shuffled(problem, update, seed).state for seed in (3, 4))]
     comparison = Comparison(problem, states, 0, every_pair=True, folded=True)
-    merged = mean_state(zipped(comparison, *setting))
+    merged = mean_state(zipped(comparison, *setting).states)
     images = problem.data.images
     ours, theirs = (
         predict(problem.model, calibrate(problem.model, dict(state), images), images)
@@ -217,8 +217,8 @@ def test_nothing_is_zipped_at_depth_0_and_early_spaces_are_permuted_first() -> N
     states = [dict(update.state) for update in trained("mlp@0.1", 2)]
     comparison = Comparison(problem, states, 0, every_pair=True, folded=True)
     permuted = comparison.permuted(comparison.matches)
-    assert all(map(same, zipped(comparison, 0.5, 0.5, 0.0), permuted))
-    half = zipped(comparison, 1.0, 1.0, 0.5)
+    assert all(map(same, zipped(comparison, 0.5, 0.5, 0.0).states, permuted))
+    half = zipped(comparison, 1.0, 1.0, 0.5).states
     assert torch.equal(half[1]["1.bias"], permuted[1]["1.bias"])
     assert not torch.equal(half[1]["3.bias"].sort().values, permuted[1]["3.bias"].sort().values)
 

@@ -91,6 +91,8 @@ def test_list_names_what_there_is() -> None:
         (("--seeds", "0,one"), "--seeds must be whole numbers"),
         (("--min-completed", "9"), "--min-completed is 9"),
         (("--config", "missing.toml"), "cannot read the configuration"),
+        (("--methods", "mean,ties"), "ties: needs the weights that all clients started from, give --init shared"),
+        (("--client-statistics", "fisher/hessian"), "unknown --client-statistics 'hessian'"),
         (("--resume",), "--resume needs --out"),
     ],
 )

@@ -15,8 +15,9 @@ from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_CRASHED, CLIENT_FAILED, identity, node_context
 from fedmerge.problem import Update
-from fedmerge.seeds import derive
+from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
+from fedmerge.statistics import collect
 from fedmerge.wire import arrays_from_state, update_from_records
 
 CONFIG = Config(clients=3, local_epochs="1", min_client_examples=40, lr=0.05)
@@ -78,6 +79,32 @@ def test_an_update_tells_what_the_client_has_and_how_well_its_model_does_on_it()
 
 def test_label_counts_stay_at_a_client_that_keeps_them() -> None:
     assert train(CONFIG.replace(label_counts=False)).label_counts is None
+
+
+def test_a_client_tells_the_statistics_that_are_asked_for_and_trains_to_the_same_bits() -> None:
+    plain, told = train(), train(CONFIG.replace(client_statistics="gram", merge="fisher"))
+    assert plain.statistics == {}
+    assert same(plain.state, told.state)
+    assert told.num_bytes == plain.num_bytes
+    own = loaded().client(0)
+    model = models.create("mlp", shape=(1, 8, 8), num_classes=10, seed=0)
+    chance = generator(0, "client", 0, "statistics", 1)
+    expected = collect(("fisher", "gram"), model, told.state, own.images, generator=chance)
+    assert told.statistics.keys() == expected.keys()
+    assert all(same(told.statistics[kind], expected[kind]) for kind in expected)
+
+
+def test_flowers_fedprox_may_tell_its_term_with_the_message_and_it_goes_before_the_setting() -> None:
+    shared = CONFIG.replace(init="shared")
+    told = message()
+    told.content.config_records["config"]["proximal-mu"] = 5.0
+    reply = client_app()(told, node_context(shared, 0))
+    update = update_from_records(reply.content, initial(), fallback_id=9)
+    assert same(update.state, train(shared.replace(proximal_mu=5.0)).state)
+    assert not same(update.state, train(shared).state)
+    told.content.config_records["config"]["proximal-mu"] = -1.0
+    reply = client_app()(told, node_context(shared, 0))
+    assert "--proximal-mu must be at least 0 and finite, got -1.0" in (reply.error.reason or "")
 
 
 def test_independent_clients_start_the_first_round_from_initialisations_of_their_own() -> None:

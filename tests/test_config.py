@@ -24,6 +24,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "init": st.sampled_from(INITIALISATIONS),
     "split": st.sampled_from(SPLITS),
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
+    "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),
     "local_epochs": COUNTS.map(str) | st.tuples(COUNTS, COUNTS).map(lambda pair: f"{min(pair)}..{max(pair)}"),
     "clients": st.integers(100, 10**6),
     "min_completed": st.integers(1, 100),

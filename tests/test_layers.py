@@ -47,6 +47,8 @@ LAYERS: dict[str, frozenset[str]] = {
             "rules.movement",
             "basis",
             "features",
+            "layers",
+            "statistics",
             "folding",
             "problem",
             "train",
@@ -66,21 +68,30 @@ LAYERS: dict[str, frozenset[str]] = {
             "align.weights",
             "align.zipit",
             "merge",
+            "merge.adamerging",
+            "merge.arithmetic",
             "merge.augment",
             "merge.average",
             "merge.best",
+            "merge.choice",
             "merge.coordinates",
             "merge.descent",
             "merge.ensemble",
+            "merge.fedfisher",
             "merge.finetune",
+            "merge.fisher",
             "merge.heads",
             "merge.learning",
             "merge.mixture",
             "merge.nonuniform",
             "merge.objective",
+            "merge.pleas",
+            "merge.regmean",
             "merge.stacking",
             "merge.starts",
+            "merge.taskvectors",
             "merge.teacher",
+            "merge.ties",
         ]
     ),
     "plumbing": frozenset(
@@ -93,6 +104,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "models",
             "wire",
             "flower",
+            "flower_strategies",
             "client",
             "strategy",
             "server",
@@ -119,7 +131,17 @@ LIGHT = ("catalogue", "config", "errors", "settings")
 
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {
-    "flwr": {"wire", "flower", "client", "strategy", "server", "recording", "raygrid", "simulation"},
+    "flwr": {
+        "wire",
+        "flower",
+        "flower_strategies",
+        "client",
+        "strategy",
+        "server",
+        "recording",
+        "raygrid",
+        "simulation",
+    },
     "ray": {"cluster", "actors"},
     "flwr_datasets": {"partition"},
     "torchvision": {"data", "datafiles", "models"},
@@ -219,11 +241,11 @@ def test_names_and_settings_are_known_without_any_library() -> None:
         assert foreign(MODULES[name]) <= {"tomli"}
 
 
-def test_the_catalogue_names_mathematics_alone() -> None:
-    for entry in (*ALIGNERS.values(), *MERGERS.values()):
+def test_the_catalogue_names_mathematics_and_flowers_strategies_alone() -> None:
+    for method, entry in (*ALIGNERS.items(), *MERGERS.items()):
         package, _, name = entry.target.partition(":")[0].partition(".")
         assert package == "fedmerge"
-        assert layer(name) == "mathematics"
+        assert layer(name) == "mathematics" or (name == "flower_strategies" and method.startswith("flower-"))
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

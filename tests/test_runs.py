@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,27 @@ def test_an_update_comes_back_as_it_was(run: Run, label_counts: tuple[int, ...] 
     for name, tensor in found.state.items():
         assert tensor.dtype == sent.state[name].dtype
         assert torch.equal(tensor, sent.state[name])
+
+
+def test_statistics_are_stored_beside_the_update_and_before_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = {"fisher": {"w": torch.rand(2, 3)}, "gram": {"w": torch.eye(3)}}
+    sent = replace(update(2), statistics=statistics)
+    written: list[str] = []
+    write = Run._write
+
+    def noted(self: Run, name: Path | str, content: bytes) -> Path:
+        written.append(Path(name).parent.name)
+        return write(self, name, content)
+
+    monkeypatch.setattr(Run, "_write", noted)
+    run.save_update(0, 1, sent)
+    assert written == ["fisher", "gram", "round-1"]
+    run.save_update(0, 1, update(1))
+    plain, found = run.load_updates(0)
+    assert plain.statistics == {}
+    assert found.statistics.keys() == statistics.keys()
+    for kind, tensors in statistics.items():
+        assert torch.equal(found.statistics[kind]["w"], tensors["w"])
 
 
 def test_an_update_is_stored_once_by_seed_round_and_client(run: Run) -> None:

@@ -20,6 +20,7 @@ from fedmerge.config import Config
 from fedmerge.flower import CLIENT_FAILED, identity, node_context
 from fedmerge.problem import Problem
 from fedmerge.recording import RecordingGrid
+from fedmerge.results import bytes_up
 from fedmerge.runs import Run, RunError
 from fedmerge.server import collect, serve
 from fedmerge.simulation import recall_from
@@ -73,6 +74,33 @@ def test_a_run_leaves_partition_updates_models_and_results(tmp_path: Path) -> No
     assert [what for what in heard if what[0] == "clients trained"] == [
         ("clients trained", done, 3) for done in (1, 2, 3)
     ]
+
+
+def test_what_a_merger_needs_of_the_clients_is_sent_stored_counted_and_recalled(tmp_path: Path) -> None:
+    config = CONFIG.replace(merge="fisher")
+    run = new_run(tmp_path, config)
+    with in_process(config) as grid:
+        serve(grid, config, run, pause=0)
+    [line] = run.results()
+    assert line["bytes_up"] == 6 * MODEL_BYTES  # a Fisher is as large as a model
+    updates = run.load_updates(0)
+    assert [list(update.statistics) for update in updates] == [["fisher"]] * 3
+    assert bytes_up(updates, "mean") == 3 * MODEL_BYTES
+    again = Run.create(tmp_path / "again", "simulate", config)
+    with in_process(config) as grid:
+        serve(grid, config, again, recall=recall_from(run, config), pause=0)
+    assert again.results()[0]["accuracy"] == line["accuracy"]
+
+
+def test_a_rounds_start_is_what_the_server_sent(tmp_path: Path) -> None:
+    config = CONFIG.replace(init="shared", merge="task-arithmetic:scales=1", rounds=2)
+    run, plain = new_run(tmp_path, config), Run.create(tmp_path / "plain", "simulate", CONFIG)
+    with in_process(config) as grid:
+        serve(grid, config, run, pause=0)
+    with in_process(config) as grid:
+        serve(grid, config.replace(merge="mean"), plain, pause=0)
+    for ours, theirs in zip(run.results(), plain.results(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)  # at this scale it is the mean of the clients
 
 
 def test_shared_initialisations_and_later_rounds_are_sent_to_the_clients_and_counted(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def sgd_by_hand(
 ) -> tuple[dict[str, Tensor], float]:
     """Softmax regression: the gradient is (p − y) ⊗ x, the learning rate falls along half a cosine."""
     weight, bias = state["weight"].clone(), state["bias"].clone()
-    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    velocity, start = [torch.zeros_like(weight), torch.zeros_like(bias)], [weight.clone(), bias.clone()]
     stream = generator(seed)
     fork(stream)  # dropout's seed comes first
     step, losses = 0, list[float]()
@@ -64,7 +64,8 @@ def sgd_by_hand(
             error = (shares - torch.eye(3, dtype=shares.dtype)[labels]) / len(batch)
             lr = recipe.lr * (1 + math.cos(math.pi * step / (recipe.epochs * len(sizes)))) / 2
             for index, (value, gradient) in enumerate(((weight, error.T @ images), (bias, error.sum(0)))):
-                velocity[index] = recipe.momentum * velocity[index] + gradient + recipe.weight_decay * value
+                drawn = gradient + recipe.weight_decay * value + recipe.proximal_mu * (value - start[index])
+                velocity[index] = recipe.momentum * velocity[index] + drawn
                 value -= lr * velocity[index]
             step += 1
     return {"weight": weight, "bias": bias}, sum(losses) / len(losses)
@@ -87,6 +88,43 @@ def test_fit_is_sgd_with_momentum_weight_decay_and_a_cosine(
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_the_proximal_term_is_in_every_gradient() -> None:
+    recipe = LocalTraining(epochs=3, batch_size=4, lr=0.1, momentum=0.5, weight_decay=0.1, proximal_mu=0.7)
+    examples, model = blobs(12, dtype=torch.float64), linear()
+    expected, expected_loss = sgd_by_hand(copied(model), examples, recipe, (4, 4, 4), seed=5)
+    found, loss = fit(linear(), copied(model), examples, recipe, generator=generator(5))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)  # of the cross-entropy alone
+
+
+def test_without_a_proximal_term_the_bits_are_the_same_and_a_strong_one_holds_the_weights_at_the_start() -> None:
+    examples, start = blobs(60), copied(network())
+
+    def moved(mu: float) -> tuple[dict[str, Tensor], float]:
+        recipe = LocalTraining(epochs=30, lr=0.01, momentum=0.0, proximal_mu=mu)
+        state, _ = fit(network(), start, examples, recipe, generator=generator(0))
+        return state, sum(float((state[name] - start[name]).norm()) for name in ("0.weight", "4.weight"))
+
+    plain, far = moved(0.0)
+    recipe = LocalTraining(epochs=30, lr=0.01, momentum=0.0)
+    assert same(plain, fit(network(), start, examples, recipe, generator=generator(0))[0])
+    distances = [far, *(moved(mu)[1] for mu in (1.0, 10.0, 100.0))]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.1 * far
+
+
+def test_a_proximal_term_that_is_too_strong_for_the_learning_rate_is_named() -> None:
+    with pytest.raises(Diverged, match=r"lower --lr \(it is 0.05\) or --proximal-mu \(it is 10000.0\)"):
+        fit(
+            linear(),
+            copied(linear()),
+            blobs(60, dtype=torch.float64),
+            LocalTraining(epochs=80, proximal_mu=1e4),
+            generator=generator(0),
+        )
 
 
 def test_fit_learns_what_can_be_learned() -> None:

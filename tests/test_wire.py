@@ -93,6 +93,40 @@ def test_a_reply_of_another_flower_app_needs_only_arrays_and_num_examples() -> N
     assert (got.partition_id, got.num_examples, got.label_counts, got.metrics) == (99, 5, None, {})
 
 
+def told() -> Update:
+    state = make_state()
+    return make_update(statistics={"fisher": {"weight": state["weight"] ** 2}, "gram": {"weight": torch.eye(4)}})
+
+
+def test_statistics_travel_in_records_of_their_own_and_in_full_precision() -> None:
+    sent = told()
+    content = update_to_records(sent, upload_dtype="float16")
+    assert sorted(content.array_records) == ["arrays", "fisher", "gram"]
+    got = read(content)
+    assert got.num_bytes < num_bytes(sent.state)
+    for kind, tensors in sent.statistics.items():
+        assert got.statistics[kind].keys() == tensors.keys()
+        assert all(torch.equal(got.statistics[kind][name], tensor) for name, tensor in tensors.items())
+    assert read(records()).statistics == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tensor", "reason"),
+    [
+        ("fisher", "odd", torch.zeros(3), "'fisher' tells of 'odd', which the model has no weights of"),
+        ("fisher", "num_batches_tracked", torch.zeros(()), "'fisher' tells of 'num_batches_tracked'"),
+        ("gram", "bias", torch.zeros(4, 4), "'gram' tells of 'bias'"),
+        ("gram", "weight", torch.zeros(9, 9), r"shape \(9, 9\) in its header, expected \(4, 4\)"),
+        ("fisher", "weight", torch.zeros(4, 3, dtype=torch.int64), "'fisher' of 'weight' is not of finite"),
+        ("fisher", "weight", torch.full((4, 3), float("nan")), "'fisher' of 'weight' is not of finite"),
+    ],
+)
+def test_statistics_that_do_not_fit_the_model_are_refused(kind: str, name: str, tensor: Tensor, reason: str) -> None:
+    content = update_to_records(make_update(statistics={kind: {name: tensor}}), upload_dtype="float32")
+    with pytest.raises(MalformedUpdate, match=reason):
+        read(content)
+
+
 def array(values: np.ndarray[Any, Any], **changes: Any) -> Array:
     made = Array(values)
     for name, value in changes.items():

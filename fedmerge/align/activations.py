@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fedmerge.align.comparison import Comparison
-from fedmerge.align.matching import correlation, match, matched
+from fedmerge.align.matching import composed, correlation, match, matched
 from fedmerge.align.running_mean import matched_with_mean
 from fedmerge.basis import Permutation
 from fedmerge.calibrate import calibrate
@@ -71,21 +70,27 @@ class Activations:
             for moments, change in zip(comparison.moments(model), changes, strict=True)
         ]
         diagnostics = {"matched-correlation": round(sum(found) / len(found), 6) if found else 1.0}
-        aligned = comparison.permuted(comparison.matches)
-        if self.passes and len(aligned) > 1:
-            aligned, done = matched_with_mean(
-                aligned,
+        changes = comparison.matches
+        if self.passes and len(changes) > 1:
+            further, done = matched_with_mean(
+                comparison.permuted(changes),
                 comparison.reference,
                 problem.spaces,
                 lambda mean, state: _matched_features(problem, mean, state),
                 passes=self.passes,
                 generator=generator,
             )
+            changes = list(map(composed, changes, further))
             diagnostics["passes"] = done
-        return Aligned(aligned, server_examples=len(problem.learn), diagnostics=diagnostics)
+        return Aligned(
+            comparison.permuted(changes),
+            server_examples=len(problem.learn),
+            diagnostics=diagnostics,
+            changes=tuple(changes),
+        )
 
 
-def _matched_features(problem: Problem, mean: dict[str, Tensor], state: StateDict) -> list[Permutation]:
+def _matched_features(problem: Problem, mean: StateDict, state: StateDict) -> list[Permutation]:
     images = problem.learn.images
     calibrated = [calibrate(problem.model, item, images) for item in (mean, state)]
     _, compared = moments(problem.model, problem.spaces, calibrated, 0, images)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,7 +67,7 @@ class Auto:
             if len(states) > 2:
                 tried["universe"] = lambda _: Universe().aligned(comparison)
             simple = {
-                name: lambda aligned=aligned: aligned(torch.Generator().manual_seed(seed)).states
+                name: lambda aligned=aligned: aligned(torch.Generator().manual_seed(seed))
                 for name, aligned in tried.items()
             }
             return {**simple, **dense}
@@ -75,8 +75,8 @@ class Auto:
         with suppress(UnsupportedOperation):
             _ = problem.spaces  # derived once for all folds
         found = choose(problem, candidates, default="activations")
-        return Aligned(
-            found.states,
+        return replace(
+            found.aligned,
             server_examples=len(problem.data),
             server_labels=bool(found.losses),
             diagnostics=found.diagnostics,

@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedmerge.calibrate import calibrate
 from fedmerge.merge.average import mean_state
-from fedmerge.problem import Problem
+from fedmerge.problem import Aligned, Problem
 from fedmerge.spaces import UnsupportedOperation
 from fedmerge.train import evaluate
 
 MOST_TO_CALIBRATE = 1024
 """Images on which a candidate's BatchNorm statistics are estimated: all would cost more than all else together."""
 
-States = tuple[dict[str, Tensor], ...]
-
-Candidates = Mapping[str, Callable[[], States]]
+Candidates = Mapping[str, Callable[[], Aligned]]
 """Named alignments of the same models, computed when called; the name is that of an aligner with its options."""
 
 
@@ -44,13 +41,13 @@ class Choice:
 
     Attributes:
         name: of the candidate.
-        states: the models that it aligned.
+        aligned: what it gave.
         losses: mean validation loss of each candidate's mean model; empty where nothing can be chosen.
         failed: why each candidate that is left out failed.
     """
 
     name: str
-    states: States
+    aligned: Aligned
     losses: dict[str, float]
     failed: dict[str, str]
 
@@ -84,7 +81,7 @@ def choose(problem: Problem, candidates: Callable[[Problem], Candidates], *, def
             if name in failed:
                 continue
             try:
-                mean = calibrate(problem.model, mean_state(fitted[name]()), images)
+                mean = calibrate(problem.model, mean_state(fitted[name]().states), images)
                 loss = evaluate(problem.model, [mean], validation).loss
                 if not math.isfinite(loss):
                     raise Unusable(f"the mean model's validation loss is {loss}")
@@ -96,10 +93,10 @@ def choose(problem: Problem, candidates: Callable[[Problem], Candidates], *, def
     for name in order:
         if name not in failed:
             try:
-                states = final[name]()
+                aligned = final[name]()
             except FAILURES as error:
                 failed[name] = error
                 losses.pop(name, None)
                 continue
-            return Choice(name, states, losses, {name: str(error) for name, error in failed.items()})
+            return Choice(name, aligned, losses, {name: str(error) for name, error in failed.items()})
     raise list(failed.values())[-1]

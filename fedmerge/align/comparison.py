@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmerge.align.choice import Candidates, States, choose
+from fedmerge.align.choice import Candidates, choose
 from fedmerge.align.matching import correlation, match
 from fedmerge.basis import BasisChange, Permutation, Zip, rebase
 from fedmerge.features import Joint, Moments, joint_moments, with_reference
@@ -81,7 +81,7 @@ class Comparison:
         ]
         return {"dense-spaces": len(self.folding.original) - len(permuted), "permuted-spaces": permuted}
 
-    def permuted(self, changes: Sequence[Sequence[Permutation]]) -> States:
+    def permuted(self, changes: Sequence[Sequence[Permutation]]) -> tuple[dict[str, Tensor], ...]:
         """Return the models with their units renamed; the reference as it is.
 
         Args:
@@ -94,25 +94,27 @@ class Comparison:
             for model, (state, of_model) in enumerate(zip(self.states, changes, strict=True))
         )
 
-    def solved(self, solve: Callable[[Moments], BasisChange]) -> States:
+    def solved(self, solve: Callable[[Moments], BasisChange]) -> Aligned:
         """Return the models in the reference's basis.
 
         Args:
             solve: finds the change of a space that can change densely; others are permuted by their correlation.
         """
-        return tuple(
-            {name: tensor.clone() for name, tensor in state.items()}
-            if model == self.reference
-            else self.changed(
-                model,
-                [
-                    solve(found) if dense else permutation
-                    for found, dense, permutation in zip(
-                        self.moments(model), self.folding.dense, self.matches[model], strict=True
-                    )
-                ],
+        return Aligned(
+            tuple(
+                {name: tensor.clone() for name, tensor in state.items()}
+                if model == self.reference
+                else self.changed(
+                    model,
+                    [
+                        solve(found) if dense else permutation
+                        for found, dense, permutation in zip(
+                            self.moments(model), self.folding.dense, self.matches[model], strict=True
+                        )
+                    ],
+                )
+                for model, state in enumerate(self.states)
             )
-            for model, state in enumerate(self.states)
         )
 
     def changed(self, model: int, changes: Sequence[BasisChange]) -> dict[str, Tensor]:
@@ -144,8 +146,8 @@ def aligned_by_choice(comparison: Comparison, candidates: Callable[[Comparison],
     """
     diagnostics = comparison.diagnostics  # derives the spaces, once for all folds
     found = choose(comparison.problem, lambda part: candidates(replace(comparison, problem=part)))
-    return Aligned(
-        found.states,
+    return replace(
+        found.aligned,
         server_examples=len(comparison.problem.data if found.losses else comparison.problem.learn),
         server_labels=bool(found.losses),
         diagnostics={**found.diagnostics, **diagnostics},

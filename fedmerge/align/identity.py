@@ -24,4 +24,5 @@ class Identity:
         generator: torch.Generator,
     ) -> Aligned:
         """Return copies of the states."""
-        return Aligned(tuple({name: tensor.clone() for name, tensor in state.items()} for state in states))
+        copies = tuple({name: tensor.clone() for name, tensor in state.items()} for state in states)
+        return Aligned(copies, changes=((),) * len(copies))

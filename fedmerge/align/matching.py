@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float64
 from scipy.optimize import linear_sum_assignment
@@ -28,6 +30,16 @@ def match(scores: Float64[Tensor, "units units"]) -> Permutation:
 def matched(scores: Float64[Tensor, "units units"], change: Permutation) -> float:
     """Return the mean score of the units that a permutation of the columns makes one."""
     return float(scores[torch.arange(len(scores)), change.index].mean())
+
+
+def composed(first: Sequence[Permutation], second: Sequence[Permutation]) -> list[Permutation]:
+    """Return the permutations that do what two do, one after the other.
+
+    Args:
+        first: one for each space.
+        second: those that follow.
+    """
+    return [Permutation(before.index[after.index]) for before, after in zip(first, second, strict=True)]
 
 
 def correlation(found: Moments) -> Float64[Tensor, "units units"]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
+from fedmerge.align.matching import composed
 from fedmerge.basis import Permutation, rebase
 from fedmerge.merge.average import mean_state
 from fedmerge.spaces import Space
 from fedmerge.state import StateDict
 
-Matching = Callable[[dict[str, Tensor], StateDict], Sequence[Permutation]]
+Matching = Callable[[StateDict, StateDict], Sequence[Permutation]]
 """Finds the permutations of a model's spaces, given the mean of the others and the model."""
 
 
@@ -30,7 +30,7 @@ def matched_with_mean(
     *,
     passes: int,
     generator: torch.Generator,
-) -> tuple[tuple[dict[str, Tensor], ...], int]:
+) -> tuple[list[list[Permutation]], int]:
     """Match each model with the mean of the others until nothing changes.
 
     Args:
@@ -42,10 +42,11 @@ def matched_with_mean(
         generator: decides the order of the models in each pass.
 
     Returns:
-        The models with their units renamed (the reference as it was), and the passes that changed something.
+        For each model the permutations of its spaces, which leave the reference as it is, and the passes that changed
+        something.
     """
-    current = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
-    order = [torch.arange(space.size) for space in spaces]  # where the reference's units have gone
+    current = list(states)
+    found = [[Permutation(torch.arange(space.size)) for space in spaces] for _ in states]
     for done in range(passes):
         changed = False
         for model in torch.randperm(len(states), generator=generator).tolist():
@@ -55,15 +56,13 @@ def matched_with_mean(
                 continue
             changed = True
             current[model] = rebase(current[model], spaces, changes)
-            if model == reference:
-                order = [index[change.index] for index, change in zip(order, changes, strict=True)]
+            found[model] = composed(found[model], changes)
         if not changed:
-            return _back(current, spaces, order), done
-    return _back(current, spaces, order), passes
+            return _back(found, reference), done
+    return _back(found, reference), passes
 
 
-def _back(
-    states: Sequence[StateDict], spaces: Sequence[Space], order: Sequence[Tensor]
-) -> tuple[dict[str, Tensor], ...]:
-    renaming = [Permutation(index.argsort()) for index in order]
-    return tuple(rebase(state, spaces, renaming) for state in states)
+def _back(found: Sequence[Sequence[Permutation]], reference: int) -> list[list[Permutation]]:
+    """Return the permutations followed by those that give the reference its order back."""
+    back = [Permutation(change.index.argsort()) for change in found[reference]]
+    return [composed(changes, back) for changes in found]

@@ -63,6 +63,7 @@ class Universe:
             comparison.permuted(changes),
             server_examples=len(comparison.problem.learn),
             diagnostics={"matched-correlation": round(similarity, 6)},
+            changes=tuple(changes),
         )
 
 

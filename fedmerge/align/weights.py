@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fedmerge.align.comparison import Comparison
-from fedmerge.align.matching import match
+from fedmerge.align.matching import composed, match
 from fedmerge.align.running_mean import matched_with_mean
-from fedmerge.basis import Permutation, put_units_first, rebase, units_first
+from fedmerge.basis import Permutation, put_units_first, units_first
 from fedmerge.problem import Aligned, Problem
 from fedmerge.seeds import fork
 from fedmerge.spaces import Space
@@ -68,34 +68,41 @@ class Weights:
             comparison: of the models; it looks at images only for `start="activations"`.
             generator: decides the order of the spaces, and of the models in a pass.
         """
-        problem, states, reference = comparison.problem, comparison.states, comparison.reference
+        problem, reference = comparison.problem, comparison.reference
         seed = fork(generator)
         server_examples = 0
+        changes = [[Permutation(torch.arange(space.size)) for space in problem.spaces] for _ in comparison.states]
         if self.start == "activations":
-            states, server_examples = comparison.permuted(comparison.matches), len(problem.learn)
+            changes, server_examples = list(comparison.matches), len(problem.learn)
+        states = comparison.permuted(changes)
         fixed = _parameters(problem, states[reference])
-        aligned, similarities = [], []
+        similarities = []
         for index, state in enumerate(states):
             if index == reference:
-                aligned.append({name: tensor.clone() for name, tensor in state.items()})
                 continue
             stream = torch.Generator().manual_seed(seed)
             moving = _parameters(problem, state)
-            changes, similarity = match_weights(fixed, moving, problem.spaces, rounds=self.rounds, generator=stream)
-            aligned.append(rebase(state, problem.spaces, changes))
+            found, similarity = match_weights(fixed, moving, problem.spaces, rounds=self.rounds, generator=stream)
+            changes[index] = composed(changes[index], found)
             similarities.append(round(similarity, 6))
         diagnostics: dict[str, Any] = {"cosine-similarities": similarities}
-        if not self.passes or len(aligned) == 1:
-            return Aligned(tuple(aligned), server_examples, diagnostics=diagnostics)
-
-        def matching(mean: StateDict, state: StateDict) -> list[Permutation]:
-            ours, theirs = (_parameters(problem, item) for item in (mean, state))
-            return match_weights(ours, theirs, problem.spaces, rounds=self.rounds, generator=generator)[0]
-
-        found, diagnostics["passes"] = matched_with_mean(
-            aligned, reference, problem.spaces, matching, passes=self.passes, generator=generator
-        )
-        return Aligned(found, server_examples, diagnostics=diagnostics)
+        if self.passes and len(states) > 1:
+            further, diagnostics["passes"] = matched_with_mean(
+                comparison.permuted(changes),
+                reference,
+                problem.spaces,
+                lambda mean, state: match_weights(
+                    _parameters(problem, mean),
+                    _parameters(problem, state),
+                    problem.spaces,
+                    rounds=self.rounds,
+                    generator=generator,
+                )[0],
+                passes=self.passes,
+                generator=generator,
+            )
+            changes = list(map(composed, changes, further))
+        return Aligned(comparison.permuted(changes), server_examples, diagnostics=diagnostics, changes=tuple(changes))
 
 
 def match_weights(

@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from fedmerge.align.choice import Candidates, States
+from fedmerge.align.choice import Candidates
 from fedmerge.align.comparison import Comparison, aligned_by_choice
 from fedmerge.align.identity import Identity
 from fedmerge.align.matching import correlations
@@ -97,7 +97,7 @@ class ZipIt:
         }
 
 
-def zipped(comparison: Comparison, within: float, decay: float, depth: float) -> States:
+def zipped(comparison: Comparison, within: float, decay: float, depth: float) -> Aligned:
     """Return the models' parts in the zipped model.
 
     Args:
@@ -118,7 +118,7 @@ def zipped(comparison: Comparison, within: float, decay: float, depth: float) ->
             found = [of_model[number] for of_model in comparison.matches]
         for of_model, change in zip(changes, found, strict=True):
             of_model.append(change)
-    return tuple(comparison.changed(model, of_model) for model, of_model in enumerate(changes))
+    return Aligned(tuple(comparison.changed(model, of_model) for model, of_model in enumerate(changes)))
 
 
 def similarities(joint: Joint) -> Float64[Tensor, "models units models units"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -29,15 +29,18 @@ class Weights:
 
     Args:
         start: parameters by name.
+        moving: names of those that are coordinates; the others stay as they are. Default: all.
     """
 
-    def __init__(self, start: Mapping[str, Tensor]) -> None:
-        self.names = list(start)
-        self.values = [tensor.detach().clone() for tensor in start.values()]
+    def __init__(self, start: Mapping[str, Tensor], moving: Sequence[str] | None = None) -> None:
+        self.names = list(start) if moving is None else list(moving)
+        self.values = [start[name].detach().clone() for name in self.names]
+        self.start = start
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the weights."""
-        return {name: value.clone() for name, value in zip(self.names, self.values, strict=True)}
+        moved = dict(zip(self.names, self.values, strict=True))
+        return {name: moved.get(name, tensor).detach().clone() for name, tensor in self.start.items()}
 
     def pull_back(self, gradients: Mapping[str, Tensor]) -> list[Tensor | None]:
         """Return the gradients as they are."""

@@ -53,6 +53,7 @@ class Schedule:
         decay: pull of the coordinates toward 0, as a share of the learning rate (AdamW's weight decay).
         average: look at the mean of the coordinates over the steps since the last look, not at where they are.
         augment: what is done to the images of a step (`fedmerge.merge.augment`).
+        entropy: descend the entropy of the predictions; labels and targets are not read.
     """
 
     steps: int = 300
@@ -62,6 +63,7 @@ class Schedule:
     decay: float = 0.0
     average: bool = False
     augment: str = "none"
+    entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def descend(
             for number in range(1, look - done + 1):
                 batch = data[next(order).to(data.images.device)]
                 batch = replace(batch, images=augmented(batch.images, schedule.augment, chance))
-                gradients = _gradients(problem, coordinates.parameters(), training_buffers, batch)
+                gradients = _gradients(problem, coordinates.parameters(), training_buffers, batch, schedule.entropy)
                 for value, gradient in zip(coordinates.values, coordinates.pull_back(gradients), strict=True):
                     value.grad = gradient
                 optimizer.step()
@@ -163,11 +165,18 @@ def _at(coordinates: Coordinates, values: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _gradients(
-    problem: Problem, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Examples
+    problem: Problem,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batch: Examples,
+    entropy: bool,
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
     logits = functional_call(problem.model, {**leaves, **buffers}, (batch.images,))
-    loss = functional.cross_entropy(logits, batch.labels if batch.targets is None else batch.targets)
+    if entropy:
+        loss = functional.cross_entropy(logits, logits.softmax(1))
+    else:
+        loss = functional.cross_entropy(logits, batch.labels if batch.targets is None else batch.targets)
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 

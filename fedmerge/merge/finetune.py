@@ -12,32 +12,37 @@ from torch import Tensor
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.best import best_client
 from fedmerge.merge.descent import Candidate, Schedule, Weights, check_budget, split_state
+from fedmerge.merge.heads import find_head
 from fedmerge.merge.learning import learn
 from fedmerge.merge.objective import Objective
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.seeds import default_generator, fork
 
 STARTS = ("mean", "best", "fresh")
+LAYERS = ("all", "head")
 
 
 @dataclass(frozen=True)
 class FineTune(Objective):
-    """Train all weights on the server's examples; the options of `Objective` say what for.
+    """Train weights on the server's examples; the options of `Objective` say what for.
 
     Attributes:
         start: "mean" (of the clients), "best" (client), or "fresh" (a new initialisation: server-only training).
         lrs: learning rates to choose from; the first is the default. As many as NP Merge has candidates.
         steps: most steps.
+        layers: "all" weights, or those of the "head" alone, whose rows are the classes.
     """
 
     start: str = "mean"
     lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-5)
     steps: int = Schedule.steps
+    layers: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        for name, names in (("start", STARTS), ("layers", LAYERS)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
@@ -45,7 +50,8 @@ class FineTune(Objective):
         problem = self.teach(problem, updates)
         start = self._start(problem, updates, generator)
         parameters, buffers = split_state(problem, start)
-        candidates = [Candidate({"start": self.start}, lr, lambda: Weights(parameters)) for lr in self.lrs]
+        moving = find_head(problem.model, start, problem.data.images.shape[1:]) if self.layers == "head" else None
+        candidates = [Candidate({"start": self.start}, lr, lambda: Weights(parameters, moving)) for lr in self.lrs]
         schedule = Schedule(steps=self.steps, augment=self.augment)
         found = learn(problem, candidates, buffers, schedule, generator=generator, task="fine-tuning")
         uses_clients = self.start != "fresh" or problem.taught
