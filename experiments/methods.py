@@ -39,7 +39,7 @@ WITHOUT = (
 """Methods whose result depends on no label."""
 
 COMMANDS = {
-    "full": "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
+    "full": "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 "
     "--partition dirichlet --alpha 0.1 --server-examples 5000 --seeds 0,1,2 "
     f"--server-labels {MANY} --methods {','.join((*WITHOUT, *BY_LABELS))}",
     "smoke": "fedmerge compare --server-examples 300 --server-labels 60 --methods mean,np,np-distill",

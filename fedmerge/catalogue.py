@@ -204,6 +204,9 @@ MERGERS: Mapping[str, Entry] = {
 }
 
 
+SCREENS = ("auto", "off")
+"""Whether clients whose models are of no use are left out (`fedmerge.screening`)."""
+
 METHODS = (
     *("fedavg", "mean", "best-client", "ensemble", "server-only", "finetune", "best-client-finetune"),
     *("activations+mean", "activations+finetune", "np", "activations+np-pairwise", "activations+np"),
@@ -249,15 +252,22 @@ def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
 
 
 def parse_method(text: str) -> tuple[str, str]:
-    """Return the aligner's and the merger's text of a method, both checked.
+    """Return the aligner's and the merger's text of a method, checked.
+
+    Raises:
+        ConfigurationError: for an unknown name, or a merger that needs models after an aligner that makes none.
 
     Example:
         >>> parse_method("activations+np"), parse_method("mean")
         (('activations', 'np'), ('identity', 'mean'))
     """
     align, merge = _parts(text)
-    resolve("aligner", align, ALIGNERS)
-    resolve("merger", merge, MERGERS)
+    aligner, merger = resolve("aligner", align, ALIGNERS), resolve("merger", merge, MERGERS)
+    if getattr(aligner, "parts", False) and not getattr(merger, "takes_parts", False):
+        raise ConfigurationError(
+            f"method '{text}': {align} makes parts of a mean, which are no models of single clients, and {merge} "
+            "looks at these: use mean, np or finetune"
+        )
     return align, merge
 
 

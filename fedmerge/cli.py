@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmerge import __version__
+from fedmerge.catalogue import SCREENS
 from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, flag, known
@@ -20,7 +21,7 @@ from fedmerge.settings import ConfigurationError, flag, known
 if TYPE_CHECKING:
     from fedmerge.console import Console
 
-CHOICES = {"init": INITIALISATIONS, "split": SPLITS, "upload_dtype": UPLOAD_DTYPES}
+CHOICES = {"init": INITIALISATIONS, "split": SPLITS, "upload_dtype": UPLOAD_DTYPES, "screen": SCREENS}
 Command = Callable[..., None]
 
 

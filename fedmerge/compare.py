@@ -21,7 +21,7 @@ from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device, num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
-from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare
+from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare, screens
 from fedmerge.problem import Problem, Progress, Update, silent
 from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
@@ -202,7 +202,7 @@ class Bench:
         start = model.state_dict() if self.config.init == "shared" else None
         self.problem = Problem(model, server, self.config.seed, self.config.batch_size, progress, start=start)
         self.evaluation = examples.evaluation.to(device)
-        self.prepared: dict[tuple[str, object], tuple[Problem, Alignment]] = {}
+        self.prepared: dict[tuple[str, object, bool], tuple[Problem, Alignment]] = {}
 
     def answer(self, method: str) -> Cell:
         """Merge the updates by a method and evaluate the result.
@@ -215,9 +215,10 @@ class Bench:
         state = self.problem.model.state_dict()
         try:
             with num_threads(self.config.threads):
-                key = align, lesson(self.problem, merge)
+                key = align, lesson(self.problem, merge), screens(align, merge)
                 if key not in self.prepared:
-                    self.prepared[key] = prepare(self.problem, self.updates, align=align, merge=merge, seed=seed)
+                    settings = {"align": align, "merge": merge, "screen": self.config.screen}
+                    self.prepared[key] = prepare(self.problem, self.updates, seed=seed, **settings)
                 outcome = merge_aligned(*self.prepared[key], merge=merge, seed=seed)
                 result = results.measured(
                     method=method,

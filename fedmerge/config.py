@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedmerge.catalogue import STATISTICS, needs
+from fedmerge.catalogue import SCREENS, STATISTICS, needs
 from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 
 if sys.version_info >= (3, 11):
@@ -61,6 +61,9 @@ class Config:
     rounds: int = _option(1, "federated rounds; each starts from the last merged model")
     server_examples: int = _option(100, "images that the server owns, in no client and in no evaluation")
     server_labels: int = _option(-1, "how many of the server's images it knows the classes of; -1: of all, 0: of none")
+    screen: str = _option(
+        "auto", "'auto' leaves out clients whose models the server's images show to be useless; or 'off'"
+    )
     align: str = _option("auto", "how the clients' models are aligned: a name from `fedmerge list`")
     merge: str = _option(
         "np", "how the aligned models are merged: a name from `fedmerge list`, NAME:KEY=VALUE sets options"
@@ -81,7 +84,12 @@ class Config:
     out: str = _option("", "run folder to write; empty: a new one under runs/")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("init", INITIALISATIONS), ("split", SPLITS), ("upload_dtype", UPLOAD_DTYPES)):
+        for name, allowed in (
+            ("init", INITIALISATIONS),
+            ("split", SPLITS),
+            ("upload_dtype", UPLOAD_DTYPES),
+            ("screen", SCREENS),
+        ):
             known(flag(name), getattr(self, name), allowed)
         for kind in self.client_statistics.split("/") if self.client_statistics else ():
             known(flag("client_statistics"), kind, STATISTICS)

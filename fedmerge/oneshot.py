@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
 from fedmerge.merge.best import best_client
+from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
 from fedmerge.problem import LABEL_COUNTS, LABELS, Aligned, Merged, Problem, Update
+from fedmerge.screening import screen as screen_clients
 from fedmerge.seeds import generator
-from fedmerge.settings import ConfigurationError
+from fedmerge.settings import ConfigurationError, known
 from fedmerge.state import StateDict, conform
 from fedmerge.statistics import rebased
 
@@ -30,6 +32,7 @@ class Alignment:
         server_labels: whether their labels were used.
         diagnostics: in JSON's types.
         seconds: wall time.
+        screening: of the clients, in JSON's types; empty if there was none.
     """
 
     updates: tuple[Update, ...]
@@ -37,6 +40,7 @@ class Alignment:
     server_labels: bool
     diagnostics: dict[str, Any]
     seconds: float
+    screening: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Outcome:
 
     Attributes:
         merged: the model, or the ensemble.
-        diagnostics: of the alignment and the merge, in JSON's types.
-        seconds: wall time of both.
+        diagnostics: of the screening, the alignment and the merge, in JSON's types.
+        seconds: wall time of all.
     """
 
     merged: Merged
@@ -54,8 +58,10 @@ class Outcome:
     seconds: float
 
 
-def merge_updates(problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int) -> Outcome:
-    """Align the clients' models and merge them.
+def merge_updates(
+    problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int, screen: str = "auto"
+) -> Outcome:
+    """Leave out the clients that are of no use, align the others' models and merge them.
 
     Args:
         problem: the server's side.
@@ -63,19 +69,20 @@ def merge_updates(problem: Problem, updates: Sequence[Update], *, align: str, me
         align: an aligner's name, with options.
         merge: a merger's name, with options.
         seed: of everything random in the merge.
+        screen: "auto", or "off" to merge every client.
 
     Raises:
         ConfigurationError: for an unknown name.
         MalformedState: if an update does not fit the model.
     """
-    problem, alignment = prepare(problem, updates, align=align, merge=merge, seed=seed)
+    problem, alignment = prepare(problem, updates, align=align, merge=merge, seed=seed, screen=screen)
     return merge_aligned(problem, alignment, merge=merge, seed=seed)
 
 
 def prepare(
-    problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int
+    problem: Problem, updates: Sequence[Update], *, align: str, merge: str, seed: int, screen: str = "auto"
 ) -> tuple[Problem, Alignment]:
-    """Do all that comes before the merge itself; mergers of one `lesson` may share it.
+    """Do all that comes before the merge itself; mergers of one `lesson` may share it if `screens` is the same.
 
     Args:
         problem: the server's side.
@@ -83,14 +90,45 @@ def prepare(
         align: an aligner's name, with options.
         merge: a merger's name, with options.
         seed: of everything random in it.
+        screen: "auto", or "off" to merge every client.
 
     Returns:
         The problem as the merger learns from it (`teach`), and the updates in one basis.
     """
     started = time.perf_counter()
+    parse_method(f"{align}+{merge}")
+    known("way of screening", screen, SCREENS)
+    found = None
+    if screen == "auto" and len(updates) > 1 and screens(align, merge):
+        learned = objective(merge)
+        use_labels = (learned is None or learned.uses_labels) and not problem.blind
+        judges = problem if learned is None else learned.seen(problem)
+        found = screen_clients(judges, _conformed(problem, updates), use_labels=use_labels)
+        updates = found.updates
     problem = teach(problem, updates, merge=merge)
     alignment = align_updates(problem, updates, align=align, seed=seed)
+    if found is not None:
+        alignment = replace(
+            alignment,
+            server_examples=max(alignment.server_examples, found.server_examples),
+            server_labels=alignment.server_labels or found.judge == "labels",
+            screening=found.diagnostics,
+        )
     return problem, replace(alignment, seconds=time.perf_counter() - started)
+
+
+def screens(align: str, merge: str) -> bool:
+    """Return whether a method screens the clients: one that makes use of the server's images anyway, and of clients.
+
+    The plain averages and ensembles of models as they came, and the server's own training, stay what they are known as.
+
+    Args:
+        align: an aligner's name, with options.
+        merge: a merger's name, with options.
+    """
+    merger = resolve("merger", merge, MERGERS)
+    own_training = isinstance(merger, FineTune) and merger.start == "fresh" and merger.targets == "labels"
+    return not own_training and (align != "identity" or isinstance(merger, Objective))
 
 
 def objective(merge: str) -> Objective | None:
@@ -217,7 +255,11 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
             server_examples=max(found.server_examples, alignment.server_examples),
             server_labels=found.server_labels or alignment.server_labels,
         ),
-        {"align": alignment.diagnostics, "merge": {"merger": merge, **found.diagnostics}},
+        {
+            **({"screen": alignment.screening} if alignment.screening else {}),
+            "align": alignment.diagnostics,
+            "merge": {"merger": merge, **found.diagnostics},
+        },
         seconds,
     )
 

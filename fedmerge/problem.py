@@ -298,7 +298,8 @@ class Merger(Protocol):
     """Makes one model (or an ensemble) of the clients' aligned models.
 
     A frozen dataclass; its fields are its hyper-parameters. One that cannot work without some knowledge tells so by an
-    attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`.
+    attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`. One that works also where the uniform mean of the states is
+    all that they mean (aligners whose attribute `parts` is true) tells so by an attribute `takes_parts`.
     """
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:

@@ -87,6 +87,7 @@ def write_report(run: Run, baseline: str = BASELINE) -> Path:
         shown=summary.best_single_model(rows) or (rows[0] if len(rows) == 1 and rows[0].accuracies else None),
         plates=plates,
         failures=[_failure(result) for result in results if result["status"] != "ok"],
+        left_out=list(_left_out(results)),
         diagnostics=list(_diagnostics(results, seeds)),
         changed=sorted(config.to_mapping(changed_only=True)),
         config={name: _text(value) for name, value in config.to_mapping().items()},
@@ -220,6 +221,19 @@ def _inline(svg: bytes, plate: Plate, theme: Mapping[str, str]) -> str:
 def _failure(result: Result) -> dict[str, Any]:
     error = printable(result.get("error") or "no message")
     return {"method": clean(result["method"]), "seed": result["seed"], "round": result["round"], "error": error}
+
+
+def _left_out(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    """The clients that a merge was made without: client, reason, and where; alike ones of several methods once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        diagnostics = result.get("diagnostics") or {}
+        refused = [("", reason) for reason in diagnostics.get("refused", ())]
+        for client, reason in (*refused, *diagnostics.get("screen", {}).get("left-out", {}).items()):
+            place = f"seed {result['seed']}, round {result['round']}"
+            found.setdefault((f"{place}, client {client}" if client else place, reason), []).append(result["method"])
+    for (place, reason), methods in found.items():
+        yield clean(place), clean(reason), ", ".join(clean(method) for method in methods)
 
 
 def _diagnostics(results: Sequence[Result], seeds: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:

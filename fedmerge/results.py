@@ -24,6 +24,7 @@ def measured(
     evaluation: Examples,
     bytes_up: int,
     bytes_down: int,
+    refused: Sequence[str] = (),
 ) -> Result:
     """Evaluate a merge and return its line.
 
@@ -36,6 +37,7 @@ def measured(
         evaluation: the images to evaluate on, which nothing was chosen by.
         bytes_up: sent by all clients in this round.
         bytes_down: sent to all clients in this round.
+        refused: why replies of this round could not be used, or did not come.
     """
     found = evaluate(model, outcome.merged.states, evaluation, outcome.merged.combine)
     return {
@@ -51,7 +53,7 @@ def measured(
         "server_examples": outcome.merged.server_examples,
         "server_labels": outcome.merged.server_labels,
         "models": len(outcome.merged.states),
-        "diagnostics": outcome.diagnostics,
+        "diagnostics": {**({"refused": list(refused)} if refused else {}), **outcome.diagnostics},
     }
 
 

@@ -146,6 +146,7 @@ class _Session:
             examples.server.labels,
             align=config.align,
             merge=config.merge,
+            screen=config.screen,
             seed=config.seed,
             batch_size=config.batch_size,
             min_completed=config.min_completed,
@@ -186,6 +187,7 @@ class _Session:
             evaluation=self.federation.evaluation.to(self.strategy.problem.data.images.device),
             bytes_up=results.bytes_up(updates, method),
             bytes_down=self.grid.bytes_sent - self.bytes_sent_before,
+            refused=rejected,
         )
         self.bytes_sent_before = self.grid.bytes_sent
         self.run.save_model(self.config.seed, server_round, method, outcome.merged.states)

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge import oneshot
-from fedmerge.catalogue import ALIGNERS, resolve
+from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device
 from fedmerge.errors import FedmergeError
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
@@ -66,6 +66,7 @@ class OneShotMerge(FedAvg):
         labels: (examples,) their classes, -1 where one is not known; None: none is.
         align: name of the aligner.
         merge: name of the merger.
+        screen: "auto" to leave out clients whose models are of no use, or "off".
         seed: of the merge, and of the choice of clients where `fraction_train` is below 1.
         batch_size: examples in a step of a learned merge.
         min_completed: fewer good updates than this fail the round.
@@ -92,6 +93,7 @@ class OneShotMerge(FedAvg):
         *,
         align: str = "auto",
         merge: str = "np",
+        screen: str = "auto",
         seed: int = 0,
         batch_size: int = 32,
         min_completed: int = 2,
@@ -120,9 +122,9 @@ class OneShotMerge(FedAvg):
         )
         state = self.problem.model.state_dict()
         self.num_classes = predict(self.problem.model, state, self.problem.data.images[:1]).shape[1]
-        resolve("aligner", align, ALIGNERS)  # an unknown name is told before clients train
+        parse_method(f"{align}+{merge}")  # what is wrong is told before clients train
         oneshot.check_needs(merge, labels=bool(self.problem.data.known.any()))
-        self.align, self.merge, self.seed = align, merge, seed
+        self.align, self.merge, self.screen, self.seed = align, merge, screen, seed
         self.min_completed = min_completed
         self.send_arrays_first_round = send_arrays_first_round
         self.on_round = on_round
@@ -190,6 +192,7 @@ class OneShotMerge(FedAvg):
             updates,
             align=self.align,
             merge=self.merge,
+            screen=self.screen,
             seed=derive(self.seed, "merge", server_round),
         )
         if len(outcome.merged.states) != 1:

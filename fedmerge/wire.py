@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ LABEL_COUNTS = "label-counts"
 SERVER_ROUND = "server-round"
 PROXIMAL_MU = "proximal-mu"
 """Where Flower's FedProx tells clients its μ."""
+MOST_CLIENTS = 2**64  # as there are node ids
+MOST_EXAMPLES = 2**53  # beyond it a float64, by which updates are weighted, no longer holds every whole number
 REPORTED = ("loss", "accuracy", "seconds")
 
 NUMPY_FORMAT = "numpy.ndarray"
@@ -144,13 +147,14 @@ def update_from_records(
     metrics = _only("MetricRecord", content.metric_records)
     state, size = _state_and_size(arrays, expected)
     partition_id = metrics.get(PARTITION_ID, fallback_id)
-    if not isinstance(partition_id, int) or partition_id < 0:
+    if not isinstance(partition_id, int) or not 0 <= partition_id < MOST_CLIENTS:
         raise MalformedUpdate(f"{PARTITION_ID} is {partition_id!r}, expected a whole number from 0")
+    num_examples = _num_examples(metrics, weighted_by_key)
     return Update(
         state=state,
-        num_examples=_num_examples(metrics, weighted_by_key),
+        num_examples=num_examples,
         partition_id=partition_id,
-        label_counts=_label_counts(metrics, num_classes),
+        label_counts=_label_counts(metrics, num_classes, num_examples if weighted_by_key == NUM_EXAMPLES else None),
         metrics={name: _finite(name, metrics[name]) for name in REPORTED if name in metrics},
         num_bytes=size,
         statistics={kind: _statistic(kind, records[kind], expected) for kind in STATISTICS if kind in records},
@@ -170,8 +174,8 @@ def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
         pairs = [
             (float(value), float(weight))
             for record in records
-            if isinstance(value := record.get(name), (int, float)) and math.isfinite(value)
-            if isinstance(weight := record.get(weighted_by_key), (int, float)) and weight > 0
+            if _is_finite(value := record.get(name))
+            if _is_finite(weight := record.get(weighted_by_key)) and weight > 0
         ]
         if pairs:
             means[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
@@ -193,7 +197,7 @@ def finite_scalars(diagnostics: Mapping[str, object], prefix: str = "") -> dict[
     for name, value in diagnostics.items():
         if isinstance(value, Mapping):
             found |= finite_scalars(value, f"{prefix}{name}-")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        elif _is_finite(value) and not isinstance(value, bool):
             found[prefix + name] = value
     return found
 
@@ -271,12 +275,12 @@ def _only(kind: str, records: Mapping[str, T]) -> T:
 
 def _num_examples(metrics: MetricRecord, key: str) -> int:
     value = metrics.get(key)
-    if isinstance(value, (int, float)) and math.isfinite(value) and value >= 1 and value == int(value):
+    if _is_finite(value) and 1 <= value <= MOST_EXAMPLES and value == int(value):
         return int(value)
-    raise MalformedUpdate(f"{key} is {value!r}, expected a whole number from 1")
+    raise MalformedUpdate(f"{key} is {value!r}, expected a whole number from 1 to {MOST_EXAMPLES}")
 
 
-def _label_counts(metrics: MetricRecord, num_classes: int | None) -> tuple[int, ...] | None:
+def _label_counts(metrics: MetricRecord, num_classes: int | None, num_examples: int | None) -> tuple[int, ...] | None:
     counts = metrics.get(LABEL_COUNTS)
     if counts is None:
         return None
@@ -286,10 +290,17 @@ def _label_counts(metrics: MetricRecord, num_classes: int | None) -> tuple[int, 
         raise MalformedUpdate(f"{LABEL_COUNTS} has {len(counts)} classes, expected {num_classes}")
     if sum(counts) == 0:
         raise MalformedUpdate(f"{LABEL_COUNTS} is 0 for every class")
+    if num_examples is not None and sum(counts) > num_examples:  # fewer: not all of its examples have labels
+        raise MalformedUpdate(f"{LABEL_COUNTS} add up to {sum(counts)}, but the client has {num_examples} examples")
     return tuple(int(count) for count in counts)
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if _is_finite(value):
         return float(value)
     raise MalformedUpdate(f"metric '{name}' is {value!r}, expected a finite number")
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number that a float can hold, whole numbers of any size included."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

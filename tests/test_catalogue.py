@@ -124,11 +124,16 @@ def test_what_cannot_be_made_is_refused_with_what_can(kind: str, text: str, mess
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("align", [*ALIGNERS])
+@pytest.mark.parametrize("align", sorted(set(ALIGNERS) - {"zipit"}))
 @pytest.mark.parametrize("merge", [*MERGERS, "np:groups=channel:lrs=0.1/0.2"])
 def test_a_methods_name_leads_back_to_its_aligner_and_merger(align: str, merge: str) -> None:
     assert parse_method(method_name(align, merge)) == (align, merge)
     assert parse_method(f"{align}+{merge}") == (align, merge)
+
+
+@pytest.mark.parametrize("merge", ["mean", "np", "finetune", "server-only", "np-distill", "head-finetune"])
+def test_parts_of_a_mean_are_for_what_starts_at_it(merge: str) -> None:
+    assert parse_method(f"zipit+{merge}") == ("zipit", merge)
 
 
 def test_a_merger_alone_is_without_alignment() -> None:
@@ -147,6 +152,9 @@ def test_a_merger_alone_is_without_alignment() -> None:
         ("+np", "unknown aligner ''"),
         ("auto+", "unknown merger ''"),
         ("", "unknown merger ''"),
+        ("zipit+best-client", "no models of single clients"),
+        ("zipit+np:start=best", "no models of single clients"),
+        ("auto:zipit=true+fedavg", "no models of single clients"),
     ],
 )
 def test_a_method_is_checked_on_both_sides(text: str, message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmerge.catalogue import SCREENS
 from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
@@ -22,6 +23,7 @@ COUNTS = st.integers(1, 10**6)
 POSITIVE = st.floats(1e-6, 1e6)
 STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "init": st.sampled_from(INITIALISATIONS),
+    "screen": st.sampled_from(SCREENS),
     "split": st.sampled_from(SPLITS),
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
     "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),

@@ -51,6 +51,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "statistics",
             "folding",
             "problem",
+            "screening",
             "train",
             "calibrate",
             "oneshot",

@@ -198,3 +198,18 @@ def test_a_configuration_that_is_no_unicode_can_be_reported(tmp_path: Path) -> N
     run = Run.create(tmp_path / "run", "compare", Config(data="folder:\udcff"))
     run.append(result("np"))
     assert "folder:\ufffd" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_page_tells_who_was_left_out_and_why(tmp_path: Path) -> None:
+    reason = "its weights' norm is 99 times the <b>median</b> client's"
+    screened = {"screen": {"judge": "labels", "left-out": {"5": reason}, "scores": {}}}
+    results = [
+        result("fedavg"),
+        result("np", diagnostics=screened),
+        result("activations+np", diagnostics={"refused": ["client 2 (node 9): tensor 'w' is odd"], **screened}),
+    ]
+    page = Page(write_report(make_run(tmp_path / "run", results)).read_text(encoding="utf-8"))
+    assert "Left out" in page.text
+    assert f"seed 0, round 1, client 5 {reason} np, activations+np" in " ".join(page.text.split())
+    assert "seed 0, round 1 client 2 (node 9): tensor 'w' is odd activations+np" in " ".join(page.text.split())
+    assert "Left out" not in Page(write_report(make_run(tmp_path / "none", results[:1])).read_text("utf-8")).text

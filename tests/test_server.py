@@ -182,6 +182,10 @@ def test_a_malformed_update_is_not_stored(tmp_path: Path) -> None:
     with in_process(CONFIG, app=broken) as grid:
         serve(grid, CONFIG, run, pause=0)
     assert [update.partition_id for update in run.load_updates(0)] == [0, 1]
+    [line] = run.results()
+    [reason] = line["diagnostics"]["refused"]
+    assert reason.startswith("client 2 (node ")
+    assert reason.endswith("label-counts has 3 classes, expected 10")
 
 
 def test_who_does_not_answer_in_time_is_told_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -321,7 +321,7 @@ def test_without_labels_nothing_is_chosen_and_the_largest_client_is_the_best() -
     assert not problem.may_choose
     assert problem.folds == ()
     assert problem.learn is problem.data
-    outcome = merge_updates(problem, updates, align="activations", merge="best-client", seed=0)
+    outcome = merge_updates(problem, updates, align="activations", merge="best-client", seed=0, screen="off")
     assert outcome.diagnostics["merge"]["client"] == max(updates, key=lambda update: update.num_examples).partition_id
     assert outcome.merged.server_labels is False
 

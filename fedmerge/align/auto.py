@@ -40,6 +40,11 @@ class Auto:
 
     zipit: bool = False
 
+    @property
+    def parts(self) -> bool:
+        """Whether what is returned may be parts of a mean, and no models."""
+        return self.zipit
+
     def __call__(
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:

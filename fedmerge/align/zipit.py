@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -67,6 +68,9 @@ class ZipIt:
         decay: α, what a merge leaves of a correlation with more of the same model, above 0, at most 1.
         depth: share of the spaces, last to first, that are zipped; those before are permuted. From 0 to 1.
     """
+
+    parts: ClassVar[bool] = True
+    """What is returned are parts of a mean, and no models."""
 
     within: tuple[float, ...] = (0.75, 0.5)
     decay: tuple[float, ...] = (0.5, 0.8)

@@ -51,6 +51,11 @@ class Average:
             raise ValueError(f"weights must be 'examples' or 'uniform', got {self.weights!r}")
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether it is the uniform mean."""
+        return self.weights == "uniform" and self.head == "body"
+
+    @property
     def needs(self) -> frozenset[str]:
         """What it cannot do without."""
         return frozenset([LABEL_COUNTS] if self.head == "counts" else [])

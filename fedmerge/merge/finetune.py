@@ -45,6 +45,11 @@ class FineTune(Objective):
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         check_budget(self.lrs, self.steps)
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether no single client's model is looked at."""
+        return self.start in ("mean", "fresh")
+
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Fine-tune from the start."""
         problem = self.teach(problem, updates)

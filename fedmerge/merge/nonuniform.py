@@ -117,6 +117,11 @@ class NPMerge(Objective):
         return replace(found, diagnostics=diagnostics)
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether no single client's model is looked at before the first step."""
+        return self.start == "mean"
+
+    @property
     def needs(self) -> frozenset[str]:
         """What cannot be done without."""
         return super().needs | frozenset([LABEL_COUNTS] if self.start == "counts" else [])

@@ -75,11 +75,25 @@ class Objective:
         return needs_of(self.teacher) | frozenset([LABELS] if self.targets == "mixed" else [])
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether labels of the server's that are known have a part in what is learned."""
+        return LABELS in self.needs or self.targets == "completed"
+
+    @property
     def description(self) -> dict[str, Any]:
         """What differs from learning on labels, for the diagnostics."""
         if self.targets == "labels":
             return {}
         return {"targets": self.targets, "teacher": self.teacher}
+
+    def seen(self, problem: Problem) -> Problem:
+        """Return the problem with the images that are learned from: the labelled ones where labels are all that counts.
+
+        Args:
+            problem: the server's side.
+        """
+        alone = self.targets == "labels" and not problem.data.labelled and bool(problem.data.known.any())
+        return problem.restricted(problem.labelled) if alone else problem
 
     def teach(self, problem: Problem, updates: Sequence[Update]) -> Problem:
         """Return the problem with what is to be learned in place of its labels.
@@ -101,7 +115,7 @@ class Objective:
                 "(--server-labels): learn a teacher's (targets=hard; np-distill, finetune-distill)"
             )
         if self.targets == "labels":
-            return problem if data.labelled else problem.restricted(problem.labelled)
+            return self.seen(problem)
         if self.targets == "completed" and data.labelled:
             return problem
         pool = pool_of(self.teacher, problem, updates, self.smoothing)
