@@ -29,6 +29,7 @@ from fedmerge.seeds import derive
 from fedmerge.settings import ConfigurationError, Value
 from fedmerge.simulation import simulation, train_clients
 from fedmerge.state import MalformedState, StateDict, conform, num_bytes, read_checkpoint
+from fedmerge.updatefiles import described
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,7 @@ def read_checkpoints(
     """
     examples = federation.load(config)
     expected = _architecture(config, examples).state_dict()
-    num_classes = len(examples.classes)
-    return [_checkpoint(path, place, expected, label_counts, num_classes) for place, path in enumerate(paths)]
+    return [_checkpoint(path, place, expected, label_counts, len(examples.classes)) for place, path in enumerate(paths)]
 
 
 def merge_checkpoints(
@@ -281,7 +281,7 @@ def _checkpoint(
         state = conform(state, expected)
     except MalformedState as error:
         raise MalformedState(f"{path}: {error}; is --model the architecture that it was trained with?") from error
-    about = json.loads(header.get("fedmerge", "{}"))
+    about = described(path, header)
     counts = about.get("label-counts") if label_counts is None else label_counts.get(path.name)
     if label_counts is not None and (counts is None or len(counts) != num_classes or not sum(counts)):
         raise ConfigurationError(

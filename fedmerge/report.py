@@ -11,7 +11,6 @@ The same run gives the same bytes. The numbers are those of `summary`, the sente
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -103,7 +102,7 @@ def _first_partition(run: Run, seeds: Sequence[int]) -> dict[str, Any] | None:
     for seed in seeds:
         source = f"partitions/seed-{seed}.json"
         if (run.path / source).is_file():
-            content: dict[str, Any] = json.loads((run.path / source).read_text(encoding="utf-8"))
+            content = run.read_json(source)
             return {**content, "source": source, "seed": seed}
     return None
 

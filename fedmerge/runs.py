@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from fedmerge.catalogue import STATISTICS
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
 from fedmerge.problem import Update
-from fedmerge.state import StateDict, read_checkpoint, serialize
+from fedmerge.state import MalformedState, StateDict, read_checkpoint, serialize
+from fedmerge.updatefiles import read_update, update_to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,9 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The content of config.json."""
-        content: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        content = self.read_json("config.json")
+        if not (isinstance(content.get("command"), str) and isinstance(content.get("config"), dict)):
+            raise RunError(f"{self.path / 'config.json'} is damaged: it lacks the command or its configuration")
         return content
 
     @property
@@ -156,39 +159,33 @@ class Run:
         """
         if self.has_update(seed, server_round, update.partition_id):
             return
-        about = {
-            "partition-id": update.partition_id,
-            "num-examples": update.num_examples,
-            "label-counts": update.label_counts,
-            "metrics": dict(update.metrics),
-            "num-bytes": update.num_bytes,
-        }
         path = self._update_path(seed, server_round, update.partition_id)
         for kind, tensors in update.statistics.items():  # before the update, whose file says that all is there
             self._write(path.parent / kind / path.name, serialize(tensors))
-        self._write(path, serialize(update.state, {"fedmerge": json.dumps(about)}))
+        self._write(path, update_to_bytes(update))
 
     def load_update(self, seed: int, server_round: int, partition_id: int) -> Update:
-        """Return one stored update."""
+        """Return one stored update.
+
+        Raises:
+            RunError: if the file is damaged, or another client's.
+        """
         path = self._update_path(seed, server_round, partition_id)
-        state, header = read_checkpoint(path)
         told = {kind: path.parent / kind / path.name for kind in STATISTICS}
-        about = json.loads(header["fedmerge"])
-        counts = about["label-counts"]
-        return Update(
-            state=state,
-            num_examples=about["num-examples"],
-            partition_id=about["partition-id"],
-            label_counts=None if counts is None else tuple(counts),
-            metrics=about["metrics"],
-            num_bytes=about["num-bytes"],
-            statistics={kind: read_checkpoint(file)[0] for kind, file in told.items() if file.exists()},
-        )
+        try:
+            update = read_update(path)
+            statistics = {kind: read_checkpoint(file)[0] for kind, file in told.items() if file.exists()}
+        except MalformedState as error:
+            raise RunError(f"{error}: delete the file, and --resume the run to train this client again") from error
+        if update.partition_id != partition_id:
+            raise RunError(f"{path} holds the update of client {update.partition_id}: move it to its place")
+        return replace(update, statistics=statistics)
 
     def load_updates(self, seed: int, server_round: int = 1) -> list[Update]:
         """Return the stored updates of a seed and round, by partition id."""
         folder = self._update_path(seed, server_round, 0).parent
-        ids = sorted(int(path.stem.removeprefix("client-")) for path in folder.glob("client-*.safetensors"))
+        names = [path.stem.removeprefix("client-") for path in folder.glob("client-*.safetensors")]
+        ids = sorted(int(name) for name in names if re.fullmatch("[0-9]{5,20}", name))
         return [self.load_update(seed, server_round, partition_id) for partition_id in ids]
 
     def save_model(self, seed: int, server_round: int, method: str, states: tuple[StateDict, ...]) -> None:
@@ -211,13 +208,12 @@ class Run:
         """Return the results, the last line of each method, seed and round, in the order of the run's methods."""
         path = self.path / "results.jsonl"
         latest: dict[tuple[object, ...], Result] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 result = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed process was writing
-                logger.warning("%s has an unfinished line, left out: %.60s", path, line)
-                continue
-            latest[result["method"], result["seed"], result.get("round")] = result
+                latest[str(result["method"]), int(result["seed"]), result.get("round")] = result
+            except (ValueError, TypeError, KeyError, RecursionError):  # the line that a killed process was writing
+                logger.warning("%s has an unfinished line, left out: %.60s", path, line.decode(errors="replace"))
         methods: list[str] = self.settings.get("methods", [])
         places = {method: place for place, method in enumerate(methods)}
         return sorted(latest.values(), key=lambda result: places.get(result["method"], len(places)))
@@ -243,12 +239,31 @@ class Run:
         """Write a file of the run, whole or not at all, and return its path."""
         return self._write(name, content)
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object in a JSON file of the run.
+
+        Args:
+            name: the file's, below the folder.
+
+        Raises:
+            RunError: if it cannot be read, or is no JSON object.
+        """
+        try:
+            content = json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{self.path / name} is damaged: {error}") from error
+        if not isinstance(content, dict):
+            raise RunError(f"{self.path / name} is damaged: expected an object")
+        return content
+
     def _update_path(self, seed: int, server_round: int, partition_id: int) -> Path:
         folder = self.path / "updates" / f"seed-{seed}" / f"round-{server_round}"
         return folder / f"client-{partition_id:05}.safetensors"
 
     def _write(self, name: Path | str, content: bytes) -> Path:
         path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise RunError(f"{path} is not in the run folder {self.path}: nothing is written elsewhere")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=TEMPORARY)
         try:

@@ -52,6 +52,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "folding",
             "problem",
             "screening",
+            "updatefiles",
             "train",
             "calibrate",
             "oneshot",
