@@ -19,32 +19,48 @@ from pathlib import Path
 
 from _run import Rows, compare, holds, main, mean_of, rows_of, write
 
+from fedmerge.catalogue import needs
 from fedmerge.runs import Run
 from fedmerge.tables import NOTHING, duration, percent
 
 INITS = ("shared", "independent")
 FEW, MANY = 100, 1000
 
-BY_LABELS = (
-    *("best-client", "server-only", "finetune", "best-client-finetune", "np", "np-pairwise"),
-    *("activations+mean", "weights+mean", "universe+mean", "cca+mean", "zipit+mean", "ot+mean", "auto+mean"),
-    *("activations+finetune", "activations+np-pairwise", "activations+np"),
-    *("ensemble-stacked", "finetune-semi", "np-semi", "activations+np-semi"),
-)
-"""Methods that learn or choose by labels."""
 WITHOUT = (
     *("fedavg", "mean", "mean-head", "ensemble", "ensemble-counts", "ensemble-geometric"),
-    *("fresh-distill", "finetune-distill", "best-client-distill", "np-distill", "activations+np-distill"),
+    *("fresh-distill", "finetune-distill", "best-client-distill", "np-distill", "activations+np-distill", "feddf"),
+    *("adamerging-entropy", "flower-median", "flower-trimmed-mean", "flower-krum", "flower-multikrum"),
 )
 """Methods whose result depends on no label."""
+BY_FEW_LABELS = (
+    *("best-client", "server-only", "finetune", "best-client-finetune", "np", "np-pairwise", "activations+np"),
+    *("ensemble-stacked", "np-semi"),
+)
+BY_LABELS = (
+    *BY_FEW_LABELS,
+    *("activations+finetune", "activations+np-pairwise", "head-finetune", "finetune-semi"),
+    *("activations+mean", "weights+mean", "universe+mean", "cca+mean", "zipit+mean", "ot+mean", "auto+mean"),
+    *("fisher", "fedfisher", "regmean", "activations+pleas", "task-arithmetic", "ties", "adamerging"),
+    *("flower-fedadam", "flower-fedyogi", "flower-fedadagrad", "flower-fedavgm"),
+)
+"""Methods that learn or choose by labels."""
 
-COMMANDS = {
-    "full": "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 "
-    "--partition dirichlet --alpha 0.1 --server-examples 5000 --seeds 0,1,2 "
-    f"--server-labels {MANY} --methods {','.join((*WITHOUT, *BY_LABELS))}",
-    "smoke": "fedmerge compare --server-examples 300 --server-labels 60 --methods mean,np,np-distill",
-}
-AGAIN = f"fedmerge merge RUN --server-labels {FEW} --methods {','.join(BY_LABELS)}"
+SCENARIO = (
+    "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 "
+    f"--partition dirichlet --alpha 0.1 --server-examples 5000 --server-labels {MANY} --seeds 0,1,2"
+)
+SMOKE = "fedmerge compare --server-examples 300 --server-labels 60 --methods mean,np,np-distill"
+
+
+def command(init: str) -> str:
+    """Return the command that trains the clients and merges them by every method that works from such a start."""
+    names = [name for name in (*WITHOUT, *BY_LABELS) if init == "shared" or "start" not in needs([name])]
+    return f"{SCENARIO} --init {init} --methods {','.join(names)}"
+
+
+def again(run: str, out: str) -> str:
+    """Return the command that merges the same clients with few labels."""
+    return f"fedmerge merge {run} --server-labels {FEW} --methods {','.join(BY_FEW_LABELS)} --out {out}"
 
 
 def methods(size: str, out: Path) -> None:
@@ -55,16 +71,15 @@ def methods(size: str, out: Path) -> None:
         out: folder for the runs.
     """
     if size == "smoke":
-        rows = rows_of(compare(COMMANDS[size], out / "methods-smoke"))
-        check(rows, {})
+        check(rows_of(compare(SMOKE, out / "methods-smoke")), {})
         return
-    found: dict[str, tuple[Rows, Rows]] = {}
-    for init in INITS:
-        run = compare(f"{COMMANDS[size]} --init {init}", out / f"methods-{init}-{MANY}")
-        found[init] = rows_of(run), rows_of(again(run, out / f"methods-{init}-{FEW}"))
-        check(*found[init])
+    many = {init: compare(command(init), out / f"methods-{init}-{MANY}") for init in INITS}
+    few = merged_again({run: out / f"methods-{init}-{FEW}" for init, run in many.items()})
+    found = {init: (rows_of(many[init]), rows_of(run)) for init, run in zip(INITS, few, strict=True)}
+    for rows in found.values():
+        check(*rows)
     content = {
-        "commands": [*(f"{COMMANDS[size]} --init {init}" for init in INITS), AGAIN],
+        "commands": [*map(command, INITS), again("RUN", "NEW")],
         "accuracy": {
             f"{init}, {labels} labels": {method: list(row.accuracies.values()) for method, row in rows.items()}
             for init, budgets in found.items()
@@ -72,20 +87,22 @@ def methods(size: str, out: Path) -> None:
         },
         "table": table(found),
     }
-    write("methods", content, run)
+    write("methods", content, many[INITS[0]])
 
 
-def again(run: Run, out: Path) -> Run:
-    """Merge the stored updates by the methods that learn from labels, with few of them; or take what is there.
+def merged_again(folders: Mapping[Run, Path]) -> list[Run]:
+    """Merge stored updates with few labels, all runs side by side; what is there is not done again.
 
     Args:
-        run: the run whose updates are merged.
-        out: the run folder for it.
+        folders: where the results go, by the run whose updates are merged.
     """
-    if not (out / "report.html").exists():
-        words = [str(run.path) if word == "RUN" else word for word in shlex.split(AGAIN)[1:]]
-        subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True)
-    return Run.open(out)
+    processes = []
+    for run, out in folders.items():
+        if not (out / "report.html").exists():
+            words = shlex.split(again(str(run.path), str(out)))[1:]
+            processes.append(subprocess.Popen([sys.executable, "-m", "fedmerge", *words, "--quiet"]))
+    assert all(process.wait() == 0 for process in processes), "merging again failed"
+    return [Run.open(out) for out in folders.values()]
 
 
 def check(many: Rows, few: Rows) -> None:
@@ -108,11 +125,11 @@ def table(found: Mapping[str, tuple[Rows, Rows]]) -> list[str]:
     columns = [f"{init}, {what}" for init in INITS for what in ("no label", f"{FEW} labels", f"{MANY:,} labels")]
     lines = [f"| Method | {' | '.join(columns)} | Seconds |", f"| --- |{' ---: |' * (len(columns) + 1)}"]
     for method in (*WITHOUT, *BY_LABELS):
-        cells: list[str] = []
-        for many, few in (found[init] for init in INITS):
-            here = [few[method], many[method]] if method in few else [many[method]]
-            texts = [percent(row) for row in here]
-            cells += [NOTHING, *texts] if method in few else [*texts, NOTHING, NOTHING]
+        cells = [
+            percent(rows[method]) if method in rows and (method in WITHOUT) is without else NOTHING
+            for many, few in (found[init] for init in INITS)
+            for rows, without in ((many, True), (few, False), (many, False))
+        ]
         lines.append(f"| `{method}` | {' | '.join(cells)} | {duration(found[INITS[0]][0][method].seconds)} |")
     return lines
 
