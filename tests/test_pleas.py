@@ -23,7 +23,7 @@ def stream() -> torch.Generator:
 def test_equal_models_merge_to_themselves_also_when_their_units_are_renamed(name: str) -> None:
     problem, (update,) = problem_of(name), trained(name, 1)
     other = shuffled(problem, update, 3)
-    outcome = merge_updates(problem, [update, other], align="activations", merge="pleas", seed=0)
+    outcome = merge_updates(problem, [update, other], align="activations", merge="pleas", seed=0, screen="off")
     reference = update if outcome.diagnostics["align"]["reference"] == update.partition_id else other
     images = problem.data.images
     ours, merged = (
