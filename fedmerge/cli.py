@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +203,28 @@ def report(run: Path, quiet: bool, as_json: bool) -> None:
         from fedmerge.runs import Run
 
         console.finish(Run.open(run))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("method")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, help="Whose model it is to be.  [default: the run's first]")
+@_output_options
+def export(run: Path, method: str, file: Path, seed: int | None, quiet: bool, as_json: bool) -> None:
+    """Write the merged model of METHOD in a run folder to FILE: .safetensors, .pt2 (torch.export) or .onnx.
+
+    The file is kept only if it gives the model's outputs on random images. ONNX needs pip install 'fedmerge[export]'.
+    """
+    with _session(quiet, as_json):
+        from fedmerge import export as exporting
+        from fedmerge.runs import Run
+
+        found = exporting.export_stored(Run.open(run), method, file, seed)
+        if as_json:
+            click.echo(json.dumps(found))
+        elif not quiet:
+            click.echo(f"{file}: images {found['shape']} to {len(found['classes'])} classes, outputs checked")
 
 
 @main.command(name="list")

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,12 +34,13 @@ from fedmerge.errors import FedmergeError
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, read_checkpoint, serialize
 from fedmerge.updatefiles import read_update, update_to_bytes
+from fedmerge.wholefiles import TEMPORARY, append_line, write_whole
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
-TEMPORARY = ".part"
+LOCK = ".lock"
 VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
 
 
@@ -70,13 +69,12 @@ class Run:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(item.suffix != TEMPORARY for item in path.iterdir()):  # which a killed process leaves behind
-                raise RunError(
-                    f"the run folder {path} is not empty: give another --out, or --resume to go on with the run in it"
-                )
+            _require_empty(path)
             run = cls(path.resolve())
             content = {"command": command, "config": config.to_mapping(), **settings, "versions": versions()}
-            run._write("config.json", (json.dumps(content, indent=2) + "\n").encode())
+            with run.locked():
+                _require_empty(path)  # again: another process may have made its run here in the meantime
+                run._write("config.json", (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write the run folder {path}: {error.strerror}; give another --out") from error
         return run
@@ -115,7 +113,7 @@ class Run:
         Raises:
             RunError: if another process has it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -197,12 +195,7 @@ class Run:
 
     def append(self, result: Mapping[str, object]) -> None:
         """Add a line to results.jsonl; it is on the disk when this returns."""
-        path = self.path / "results.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("ab") as file:
-            file.write((b"\n" if torn else b"") + json.dumps(result).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path / "results.jsonl", json.dumps(result).encode())
 
     def results(self) -> list[Result]:
         """Return the results, the last line of each method, seed and round, in the order of the run's methods."""
@@ -264,18 +257,16 @@ class Run:
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise RunError(f"{path} is not in the run folder {self.path}: nothing is written elsewhere")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=TEMPORARY)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
         return path
+
+
+def _require_empty(path: Path) -> None:
+    # a lock and half a file are what a killed process leaves behind
+    if any(item.suffix != TEMPORARY and item.name != LOCK for item in path.iterdir()):
+        raise RunError(
+            f"the run folder {path} is not empty: give another --out, or --resume to go on with the run in it"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,11 @@ def test_the_readmes_table_is_the_experiments() -> None:
     assert expected["command"] in README
 
 
+def test_the_table_of_hostile_clients_is_the_experiments() -> None:
+    expected = json.loads((ROOT / "experiments" / "expected" / "hostile.json").read_text(encoding="utf-8"))
+    assert "\n".join(expected["table"]) in METHODS
+
+
 @pytest.mark.parametrize("name", [*ALIGNERS, *MERGERS])
 def test_every_method_is_documented(name: str) -> None:
     rows = [line.split("|")[1] for line in METHODS.splitlines() if line.startswith("| `")]

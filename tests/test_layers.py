@@ -116,6 +116,8 @@ LAYERS: dict[str, frozenset[str]] = {
             "raygrid",
             "simulation",
             "runs",
+            "wholefiles",
+            "export",
             "results",
             "compare",
             "summary",
