@@ -70,7 +70,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
                 seeds = 100 * np.array(list(row.accuracies.values()))
                 axes.plot(seeds, [y + 0.33] * len(seeds), ".", markersize=5, color=mark["color"], alpha=0.6, mew=0)
             axes.plot(100 * row.mean, y, linestyle="", markersize=7, **mark)
-        _name(axes.yaxis, names)
+        _name(axes.yaxis, names, most=len(names))  # each has a line of its own
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             text.set_fontweight("bold" if row is best else "normal")
         axes.set_ylim(len(rows) - 0.4, -0.5)
@@ -215,9 +215,9 @@ def _figure(height: float, heights: Sequence[float] = ()) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _name(axis: Axis, names: Sequence[str]) -> None:
-    """Write the names along an axis; of very many, only some."""
-    step = 1 if len(names) <= MOST_NAMED else -(-len(names) // (MOST_NAMED // 2))
+def _name(axis: Axis, names: Sequence[str], *, most: int = MOST_NAMED) -> None:
+    """Write the names along an axis; of more than `most`, only some."""
+    step = 1 if len(names) <= most else -(-len(names) // (most // 2))
     places = range(0, len(names), step)
     axis.set_ticks(places, [names[place] for place in places])
     axis.set_tick_params(length=0)

@@ -36,6 +36,11 @@ def test_the_accuracy_figure_names_every_method_and_its_number() -> None:
         assert text in found
 
 
+def test_the_accuracy_figure_names_every_one_of_many_methods() -> None:
+    found = texts(accuracy_figure(summarize([result(f"method-{number}", 0, 0.5) for number in range(60)])))
+    assert all(f"method-{number}" in found for number in range(60))
+
+
 def test_the_accuracy_figure_draws_means_and_seeds_where_they_are() -> None:
     (axes,) = accuracy_figure(summarize([result("a", 0, 0.5), result("a", 1, 0.75), result("b", 0, 0.25)])).axes
     drawn = [tuple(np.asarray(line.get_xdata()).tolist()) for line in axes.lines]
