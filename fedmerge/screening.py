@@ -23,15 +23,16 @@ classes all stay. A client has no score where that would rest on fewer than `FEW
 half of its own distribution, and nobody has one below 50 examples, of which nothing is chosen.
 
 Where the labels are not known, or must have no part in the result, the other clients stand in for them, if all tell
-their label counts: their probabilities weighted by their counts, in the classes of which they have as many examples as
-the judged client has. Then a score must only be above chance; the worst client is left out, and the rest are judged
-again. Here a client's counts add up to no more than `CAP` times the median's: a claim to know everything makes nobody
-the judge of all.
+their label counts: their probabilities weighted by their counts, in the classes that most clients know (those that have
+half as many examples as the judged client): one's word against another's is no evidence. Then a score must only be
+above chance; the worst client is left out, and the rest are judged again. Here a client's counts add up to no more than
+`CAP` times the median's: a claim to know everything makes nobody the judge of all.
 
 What this cannot see: a model that does what it claims, and something else on other images (a back door); a wrong model
-of one class, which says the same of every image as an honest one does; without labels, classes that one client alone
-knows, and a coalition that claims most of the examples of a class; without label counts, a model that is sure and wrong
-in most classes, but right in the one that it names most.
+of one class, which says the same of every image as an honest one does; without labels, all that concerns classes which
+few clients know, and a majority of hostile clients among those who claim a class, which can have the honest ones left
+out; without label counts, a model that is sure and wrong in most classes, but right in the one that it
+names most.
 """
 
 from __future__ import annotations
@@ -261,7 +262,8 @@ def _judged_by_each_other(
         for place in judges:
             others = all_claims - claims[place]
             labels = ((all_opinions - opinions[place]) / others.clamp(min=1.0)).argmax(1)
-            judged = others[labels] >= claims[place][labels]
+            peers = (claims[judges] > 0) & (claims[judges] >= claims[place] / 2)  # itself among them, where it claims
+            judged = ((peers.sum(0) > max(2, len(judges) / 2)) & (claims[place] > 0))[labels]
             labels, agrees = labels[judged], (classes[place] == labels)[judged]
             if (found := _shares(labels, claims[place])) is not None:
                 shares, deviation = found

@@ -166,6 +166,13 @@ def test_a_claim_to_know_everything_makes_nobody_the_judge_of_all() -> None:
     assert list(found.left_out) == [5]
 
 
+def test_without_labels_a_minority_among_those_who_claim_a_class_has_no_honest_client_left_out() -> None:
+    honest = [client(0, (0, 1)), client(1, (0, 1)), client(2, (1, 2)), client(3, (2, 0)), client(4, (1, 2))]
+    liars = [client(number, (0, 1), flipped=True) for number in (5, 6)]
+    found = screen(problem(labelled=False), [*honest, *liars], use_labels=False)
+    assert not set(found.left_out) & {0, 1, 2, 3, 4}
+
+
 def test_of_copies_the_one_with_the_better_claim_stays() -> None:
     narrow = client(9, (0, 1))
     copy = replace(narrow, partition_id=1, label_counts=(0, 60, 60))
