@@ -231,16 +231,11 @@ def export(run: Path, method: str, file: Path, seed: int | None, quiet: bool, as
 def show() -> None:
     """List data sets, models, partitions, aligners and mergers."""
     from fedmerge.catalogue import ALIGNERS, MERGERS
-    from fedmerge.data import DATASETS
-    from fedmerge.models import MODELS
-    from fedmerge.partition import PARTITIONS
+    from fedmerge.names import DATASETS, MODELS, PARTITIONS
 
     sections: dict[str, dict[str, str]] = {
         "data sets (--data)": dict(DATASETS),
-        "models (--model)": {name: entry.description for name, entry in MODELS.items()}
-        | {"NAME@WIDTH": "any of these, its layers WIDTH times as wide"}
-        | {"resnet18, …": "any classification model of torchvision, by its name there"}
-        | {"package.module:function": "your own: function(shape, num_classes) returns a torch.nn.Module"},
+        "models (--model)": dict(MODELS),
         "partitions (--partition)": dict(PARTITIONS),
         "aligners (--align)": {name: entry.summary for name, entry in ALIGNERS.items()},
         "mergers (--merge)": {name: entry.summary for name, entry in MERGERS.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fedmerge import datafiles
 from fedmerge.datafiles import Part, Raw
+from fedmerge.names import DATASETS
 from fedmerge.partition import stratified_sample
 from fedmerge.problem import Examples
 from fedmerge.seeds import generator
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
 FOLDER = "folder:"
 TEST_SHARE = 0.2
-
-DATASETS: Mapping[str, str] = {
-    "digits": "1,797 handwritten digits, 1x8x8, 10 classes (UCI, in scikit-learn; a fixed 20 % are for testing)",
-    "mnist": "60,000 + 10,000 handwritten digits, 1x28x28, 10 classes",
-    "fashion-mnist": "60,000 + 10,000 pieces of clothing, 1x28x28, 10 classes",
-    "cifar10": "50,000 + 10,000 photographs of things and animals, 3x32x32, 10 classes",
-    "cifar100": "50,000 + 10,000 photographs of things and animals, 3x32x32, 100 classes",
-    "svhn": "73,257 + 26,032 digits of house numbers, 3x32x32, 10 classes",
-    "folder:PATH": "your images, all of one size: PATH/CLASS/IMAGE, or PATH/train/… and PATH/test/… (or PATH/val/…)",
-}
-"""The data sets, each with a line that says what it is."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ def load(name: str, data_dir: str = "") -> Dataset:
     An unknown name, files that are nowhere (`datafiles.MissingData`) and damaged files are ConfigurationErrors.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `fedmerge.names.DATASETS`.
         data_dir: folder that is searched first for the files; then follow the cache ($FEDMERGE_DATA, or fedmerge in
             the user's cache folder) and /usr/share/datasets. What is nowhere is downloaded into the cache.
 

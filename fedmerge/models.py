@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,23 +137,15 @@ def resnet20(shape: Shape, num_classes: int, width: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A model that `fedmerge list` shows."""
-
-    description: str
-    build: Callable[[Shape, int, float], nn.Module]
-
-
-MODELS: Mapping[str, Entry] = {
-    "mlp": Entry("two hidden layers of 128 units", mlp),
-    "lenet5": Entry("LeNet-5 with ReLU and max pooling", lenet5),
-    "cnn": Entry("two convolutions, two linear layers (420k parameters on 28×28)", cnn),
-    "vgg11": Entry("VGG-11 for small images, without BatchNorm", vgg(11, batch_norm=False)),
-    "vgg11-bn": Entry("VGG-11 for small images, with BatchNorm", vgg(11, batch_norm=True)),
-    "vgg16": Entry("VGG-16 for small images, without BatchNorm", vgg(16, batch_norm=False)),
-    "vgg16-bn": Entry("VGG-16 for small images, with BatchNorm", vgg(16, batch_norm=True)),
-    "resnet20": Entry("ResNet-20 for small images (270k parameters)", resnet20),
+BUILDERS: Mapping[str, Callable[[Shape, int, float], nn.Module]] = {
+    "mlp": mlp,
+    "lenet5": lenet5,
+    "cnn": cnn,
+    "vgg11": vgg(11, batch_norm=False),
+    "vgg11-bn": vgg(11, batch_norm=True),
+    "vgg16": vgg(16, batch_norm=False),
+    "vgg16-bn": vgg(16, batch_norm=True),
+    "resnet20": resnet20,
 }
 
 
@@ -162,7 +153,7 @@ def create(name: str, *, shape: Shape, num_classes: int, seed: int) -> nn.Module
     """Build a model and initialise it from `seed`.
 
     Args:
-        name: a key of `MODELS`, with `@WIDTH` after it to scale its layers; a classification model of torchvision,
+        name: a key of `BUILDERS`, with `@WIDTH` after it to scale its layers; a classification model of torchvision,
             adapted to the channels and classes; or `package.module:function`, called with `shape` and `num_classes`.
         shape: (channels, height, width) of an image.
         num_classes: outputs of the model.
@@ -197,8 +188,8 @@ def _build(name: str, shape: Shape, num_classes: int) -> nn.Module:
     if ":" in name:
         return _from_user(name, shape, num_classes)
     base, _, width = name.partition("@")
-    if base in MODELS:
-        return MODELS[base].build(shape, num_classes, _width(name, width))
+    if base in BUILDERS:
+        return BUILDERS[base](shape, num_classes, _width(name, width))
     return _from_torchvision(name, shape[0], num_classes)
 
 
@@ -220,7 +211,7 @@ def _from_user(name: str, shape: Shape, num_classes: int) -> nn.Module:
 def _from_torchvision(name: str, channels: int, num_classes: int) -> nn.Module:
     from torchvision import models as zoo
 
-    known("model", name, [*MODELS, *zoo.list_models(module=zoo)])
+    known("model", name, [*BUILDERS, *zoo.list_models(module=zoo)])
     options: dict[str, Any] = {"num_classes": num_classes, "weights": None}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": False}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge.names import PARTITIONS
 from fedmerge.seeds import fork, generator
 from fedmerge.settings import ConfigurationError, known
 
@@ -35,7 +36,7 @@ def divide(labels: Tensor, num_clients: int, *, name: str, alpha: float, minimum
     Args:
         labels: (examples,) integer classes, of any values.
         num_clients: how many clients.
-        name: one of `PARTITIONS`.
+        name: one of `fedmerge.names.PARTITIONS`.
         alpha: concentration > 0 of the Dirichlet partitions: the smaller, the more the clients differ.
         minimum: examples that every client has at least; never fewer than one.
         seed: the run's seed.
@@ -72,7 +73,7 @@ def divide(labels: Tensor, num_clients: int, *, name: str, alpha: float, minimum
         stream = generator(seed, "partition", attempt)
         order = torch.randperm(len(labels), generator=stream)
         shuffled = torch.from_numpy(compact)[order]
-        parts = _DEALERS[name][1](_Division(shuffled, num_clients, alpha, least, stream))
+        parts = _DEALERS[name](_Division(shuffled, num_clients, alpha, least, stream))
         if parts and min(map(len, parts)) >= least:
             return tuple(order[part].sort().values for part in parts)
     skew, advice = (f" with --alpha {alpha:g}", "raise --alpha, or lower") if "dirichlet" in name else ("", "lower")
@@ -233,25 +234,13 @@ def _by_flower(partitioner: Partitioner, task: _Division) -> list[Tensor]:
     return [torch.from_numpy(part["position"][:]) for part in parts]
 
 
-_DEALERS: Mapping[str, tuple[str, Callable[[_Division], list[Tensor]]]] = {
-    "iid": ("equal random parts", _iid),
-    "dirichlet": (
-        "label skew and unequal sizes: each class is dealt to the clients in shares ~ Dirichlet(alpha)",
-        _dirichlet,
-    ),
-    "dirichlet-equal": (
-        "label skew with equal sizes: each client's class mix ~ Dirichlet(alpha) until a class is used up",
-        _dirichlet_equal,
-    ),
-    "disjoint": ("each client has classes of its own; at most as many clients as classes", _disjoint),
-    "80-20": (
-        "even clients share 80 % of one half of the classes and 20 % of the other half, odd clients the rest",
-        _eighty_twenty,
-    ),
-    "shards": (f"sorted by class, cut into equal shards; each client has {SHARDS_PER_CLIENT} of them", _shards),
-    "same": ("every client has all images: they differ in their initialisations and the order of batches", _same),
-    "quantity": ("sizes ~ Dirichlet(alpha) above the minimum, the same class shares", _quantity),
+_DEALERS: Mapping[str, Callable[[_Division], list[Tensor]]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "dirichlet-equal": _dirichlet_equal,
+    "disjoint": _disjoint,
+    "80-20": _eighty_twenty,
+    "shards": _shards,
+    "same": _same,
+    "quantity": _quantity,
 }
-
-PARTITIONS: Mapping[str, str] = {name: description for name, (description, _) in _DEALERS.items()}
-"""The partitions, each with a line that says what it does."""

@@ -84,8 +84,7 @@ def _check(config: Config, methods: Sequence[str]) -> None:
     """Find out what is wrong before anything is written: names, then data, partition and model."""
     from fedmerge import federation, models
     from fedmerge.catalogue import parse_method
-    from fedmerge.data import DATASETS
-    from fedmerge.partition import PARTITIONS
+    from fedmerge.names import DATASETS, PARTITIONS
 
     if not config.data.startswith("folder:"):
         known("data set", config.data, [name for name in DATASETS if ":" not in name])

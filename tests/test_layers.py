@@ -28,6 +28,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "mathematics": frozenset(
         [
             "errors",
+            "names",
             "settings",
             "catalogue",
             "seeds",
@@ -131,7 +132,7 @@ LAYERS: dict[str, frozenset[str]] = {
 }
 ORDER = list(LAYERS)
 
-LIGHT = ("catalogue", "config", "errors", "settings")
+LIGHT = ("catalogue", "config", "errors", "names", "settings")
 
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {
@@ -289,11 +290,12 @@ def test_the_command_starts_without_heavy_libraries(code: str) -> None:
     assert done.stdout.split() == []
 
 
-def test_importing_the_command_prints_nothing_and_help_needs_no_heavy_library() -> None:
+@pytest.mark.parametrize(("words", "told"), [("'compare', '--help'", "--server-examples"), ("'list'", "zipit")])
+def test_importing_the_command_prints_nothing_and_help_and_lists_need_no_heavy_library(words: str, told: str) -> None:
     code = (
-        "import sys; from fedmerge.cli import main; main(['compare', '--help'], standalone_mode=False); "
+        f"import sys; from fedmerge.cli import main; main([{words}], standalone_mode=False); "
         f"assert not set('{HEAVY}'.split()) & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--server-examples" in done.stdout
+    assert told in done.stdout

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmerge import partition
-from fedmerge.partition import PARTITIONS, divide, stratified_order, stratified_sample
+from fedmerge.names import PARTITIONS
+from fedmerge.partition import divide, stratified_order, stratified_sample
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
