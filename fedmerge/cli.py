@@ -227,6 +227,24 @@ def export(run: Path, method: str, file: Path, seed: int | None, quiet: bool, as
             click.echo(f"{file}: images {found['shape']} to {len(found['classes'])} classes, outputs checked")
 
 
+@main.command()
+@click.option("--node-data", default="", help="The site's data: folder:PATH (PATH/CLASS/IMAGE), or PATH.npz.")
+@click.option("--described", type=click.Path(path_type=Path), help="JSON file that --describe printed at the server.")
+@click.option("--describe", is_flag=True, help="At the server: print, as JSON, what sites need to know of --data.")
+@_scenario_options("resume")
+def check_client(
+    node_data: str, described: Path | None, describe: bool, quiet: bool, as_json: bool, **flags: Any
+) -> None:
+    """Say whether a site's data, model and versions fit the federation, before it joins. Nothing is sent."""
+    with _session(quiet, as_json):
+        from fedmerge import sitecheck
+
+        config = Config(**flags)
+        found = sitecheck.describe(config) if describe else sitecheck.check(config, node_data, described)
+        if not quiet:
+            click.echo(json.dumps(found) if as_json or describe else sitecheck.report(found))
+
+
 @main.command(name="list")
 def show() -> None:
     """List data sets, models, partitions, aligners and mergers."""

@@ -2,7 +2,8 @@
 
 `train_client` and `evaluate_client` are plain functions of the configuration, the federation and the client's number;
 `client_app` wraps them for Flower. A client uses one CPU thread: many run beside each other, and the numbers must not
-depend on how many. A client that fails answers with its reason, so that the server can tell the user.
+depend on how many. A node may bring data of its own (`fedmerge.sitedata`) instead of its part of the federation's data
+set. A client that fails answers with its reason, so that the server can tell the user.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fedmerge import federation, models
+from fedmerge import federation, models, sitedata
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_FAILED
@@ -59,7 +60,7 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
     def train(message: Message, context: Context) -> Message:
         def answer(config: Config, partition_id: int) -> RecordDict:
             arrays = message.content.array_records.get(ARRAYS)
-            examples = load(config)
+            examples = _examples(load, config, partition_id, message, context)
             start = None if arrays is None else state_from_arrays(arrays, _architecture(config, examples).state_dict())
             config = _told(config, message)
             update = train_client(config, examples, partition_id, _server_round(message), start)
@@ -73,7 +74,7 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
             arrays = message.content.array_records.get(ARRAYS)
             if arrays is None:
                 raise ValueError(f"an evaluation needs the model in the message's record '{ARRAYS}'")
-            examples = load(config)
+            examples = _examples(load, config, partition_id, message, context)
             state = state_from_arrays(arrays, _architecture(config, examples).state_dict())
             result, num_examples = evaluate_client(config, examples, partition_id, state)
             metrics = {"loss": result.loss, "accuracy": result.accuracy}
@@ -247,6 +248,19 @@ def _told(config: Config, message: Message) -> Config:
     record = message.content.config_records.get(CONFIG)
     told = None if record is None else record.get(PROXIMAL_MU)
     return config if told is None else Config.from_mapping({**config.to_mapping(), PROXIMAL_MU: told})
+
+
+def _examples(
+    load: Callable[[Config], Federation], config: Config, partition_id: int, message: Message, context: Context
+) -> Federation:
+    """Return the federation, or, where the node brings its own data, what it has of it: that data."""
+    place = context.node_config.get(sitedata.NODE_DATA)
+    if place is None:
+        return load(config)
+    wanted = sitedata.ImageFormat.from_mapping(message.content.config_records.get(CONFIG) or {})
+    if wanted is None:  # another server than ours: it tells none
+        wanted = sitedata.ImageFormat.of(load(config).dataset)
+    return sitedata.federation_of(sitedata.read(str(place), wanted), wanted, partition_id, config.clients)
 
 
 def _architecture(config: Config, examples: Federation, seed: int = 0) -> nn.Module:

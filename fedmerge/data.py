@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,12 +36,16 @@ class Dataset:
             standard deviation of each channel of the training files.
         test: the test files, normalised by the same numbers.
         classes: the names of the classes 0, 1, ….
+        mean: of each channel of the training files, as they are stored (0 to 255).
+        deviation: the standard deviation of each channel of the training files, greater than 0.
     """
 
     name: str
     train: Examples
     test: Examples
     classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -86,13 +91,41 @@ def _normalised(name: str, raw: Raw) -> Dataset:
     mean = shares @ values
     deviation = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     deviation[deviation == 0] = 1  # a channel of one value becomes 0
+    numbers = tuple(mean.tolist()), tuple(deviation.tolist())
+    parts = [Examples(normalise(part.images, *numbers), part.labels) for part in (raw.train, raw.test)]
+    return Dataset(name, parts[0], parts[1], raw.classes, *numbers)
 
-    def examples(part: Part) -> Examples:
-        images = part.images.to(torch.float32)
-        images.sub_(mean.float()[:, None, None]).div_(deviation.float()[:, None, None])
-        return Examples(images, part.labels)
 
-    return Dataset(name, examples(raw.train), examples(raw.test), raw.classes)
+def normalise(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Return images minus the mean, divided by the standard deviation, of each channel: float32, a copy.
+
+    Args:
+        images: (examples, channels, height, width), 0 to 255.
+        mean: one number for each channel.
+        deviation: one number for each channel.
+    """
+    shift, scale = (torch.tensor(numbers, dtype=torch.float32)[:, None, None] for numbers in (mean, deviation))
+    return images.to(torch.float32, copy=True).sub_(shift).div_(scale)
+
+
+def read_folder(path: Path) -> tuple[Part, tuple[str, ...]]:
+    """Return the images in PATH/CLASS/IMAGE as RGB, and the names of the class folders; some of them may be empty.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ConfigurationError: if there is no class folder or no image, or one that cannot be read or is of another size.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        folder = ImageFolder(path, allow_empty=True)
+    except OSError as error:
+        raise ConfigurationError(f"folder:PATH needs images as PATH/CLASS/IMAGE: {error}") from error
+    if not folder.samples:
+        raise ConfigurationError(f"expected images as {path}/CLASS/IMAGE, got none in {', '.join(folder.classes)}")
+    return _read_images(folder), tuple(folder.classes)
 
 
 def _read_digits() -> Raw:

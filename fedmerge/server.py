@@ -25,6 +25,7 @@ from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of
 from fedmerge.runs import Run
 from fedmerge.seeds import derive
+from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
 from fedmerge.wire import (
     MalformedUpdate,
@@ -72,6 +73,8 @@ def serve(
             initial_arrays=arrays_from_state(session.model.state_dict()),
             num_rounds=config.rounds,
             timeout=config.timeout,
+            train_config=session.told,
+            evaluate_config=session.told,
             evaluate_fn=lambda server_round, _: session.evaluations.get(server_round),
         )
 
@@ -103,7 +106,7 @@ def collect(
     without = config.replace(align="identity", merge="mean")  # the merges to come are checked one by one
     session = _Session.start(grid, without, run, load, recall, progress, pause)
     arrays = arrays_from_state(session.model.state_dict())
-    messages = session.strategy.configure_train(1, arrays, ConfigRecord(), session.grid)
+    messages = session.strategy.configure_train(1, arrays, session.told, session.grid)
     replies = session.grid.send_and_receive(messages, timeout=config.timeout)
     return session.strategy.read_replies(1, replies)[0]
 
@@ -120,6 +123,11 @@ class _Session:
     strategy: OneShotMerge
     bytes_sent_before: int = 0
     evaluations: dict[int, MetricRecord] = field(default_factory=dict)
+
+    @property
+    def told(self) -> ConfigRecord:
+        """What clients with data of their own must know: how images look in the federation."""
+        return ConfigRecord(ImageFormat.of(self.federation.dataset).to_mapping())
 
     @classmethod
     def start(

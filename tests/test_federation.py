@@ -32,7 +32,7 @@ def numbered(size: int, test_size: int = 20, num_classes: int = 4) -> Dataset:
         return Examples(torch.arange(start, start + len(labels), dtype=torch.float64)[:, None], labels)
 
     classes = tuple(f"class {index}" for index in range(num_classes + 1))  # the last class has no image
-    return Dataset("numbered", examples(0, labels), examples(1_000_000, labels[:test_size]), classes)
+    return Dataset("numbered", examples(0, labels), examples(1_000_000, labels[:test_size]), classes, (0.0,), (1.0,))
 
 
 @pytest.fixture

@@ -119,6 +119,8 @@ LAYERS: dict[str, frozenset[str]] = {
             "runs",
             "wholefiles",
             "export",
+            "sitedata",
+            "sitecheck",
             "results",
             "compare",
             "summary",
