@@ -25,9 +25,17 @@ def test_the_readmes_table_is_the_experiments() -> None:
     assert expected["command"] in README
 
 
-def test_the_table_of_hostile_clients_is_the_experiments() -> None:
-    expected = json.loads((ROOT / "experiments" / "expected" / "hostile.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["alignment", "hostile", "methods"])
+def test_the_tables_of_methods_are_the_experiments(name: str) -> None:
+    expected = json.loads((ROOT / "experiments" / "expected" / f"{name}.json").read_text(encoding="utf-8"))
     assert "\n".join(expected["table"]) in METHODS
+    assert f"experiments/{name}.py" in METHODS
+
+
+def test_every_merger_is_measured_or_needs_other_clients() -> None:
+    expected = json.loads((ROOT / "experiments" / "expected" / "methods.json").read_text(encoding="utf-8"))
+    measured = {parse_method(method)[1] for cell in expected["accuracy"].values() for method in cell}
+    assert set(MERGERS) - measured == {"flower-bulyan"}, "Bulyan needs more than five clients to guard against one"
 
 
 @pytest.mark.parametrize("name", [*ALIGNERS, *MERGERS])
