@@ -75,3 +75,18 @@ class TwoLayers(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def doubles(count: int) -> tuple[Problem, list[dict[str, Tensor]]]:
+    """A problem and models of it in float64, small enough for oracles."""
+    generator = torch.Generator().manual_seed(11)
+    model = TwoLayers().double().eval()
+    states = [
+        {
+            key: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
+            for key, tensor in model.state_dict().items()
+        }
+        for _ in range(count)
+    ]
+    examples = blobs(30, seed=9)
+    return Problem(model, Examples(examples.images.double(), examples.labels), batch_size=8), states

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import TwoLayers, blobs, problem_of, same, trained, with_statistics
+from problems import blobs, doubles, problem_of, same, trained, with_statistics
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
@@ -259,20 +259,6 @@ def test_unknown_groups_and_starts_are_refused() -> None:
 
 
 # The hand-made gradients against autograd through the merge, in float64.
-
-
-def doubles(count: int) -> tuple[Problem, list[dict[str, Tensor]]]:
-    generator = torch.Generator().manual_seed(11)
-    model = TwoLayers().double().eval()
-    states = [
-        {
-            key: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
-            for key, tensor in model.state_dict().items()
-        }
-        for _ in range(count)
-    ]
-    examples = blobs(30, seed=9)
-    return Problem(model, Examples(examples.images.double(), examples.labels), batch_size=8), states
 
 
 def oracle_batches(problem: Problem, steps: int, seed: int) -> list[Examples]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import TwoLayers, blobs, problem_of, same, trained
+from problems import doubles, problem_of, same, trained
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
@@ -21,7 +21,7 @@ from fedmerge.merge.learning import BACK_OFFS
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture, onto_box
 from fedmerge.merge.nonuniform import FORMS, ORDERS, NPMerge, PairwiseNPMerge, ranking
 from fedmerge.merge.starts import STARTS, Start, starting
-from fedmerge.problem import Examples, Problem, Update
+from fedmerge.problem import Update
 from fedmerge.train import evaluate
 
 ALL_GROUPS = (*GROUPS, "in-out", "coarse-to-fine")
@@ -30,20 +30,6 @@ KEEP_THE_SUM = [form for form in FORMS if form not in ("free", "shrink")]
 
 def stream(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def doubles(count: int) -> tuple[Problem, list[dict[str, Tensor]]]:
-    generator = stream(11)
-    model = TwoLayers().double().eval()
-    states = [
-        {
-            key: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
-            for key, tensor in model.state_dict().items()
-        }
-        for _ in range(count)
-    ]
-    examples = blobs(30, seed=9)
-    return Problem(model, Examples(examples.images.double(), examples.labels), batch_size=8), states
 
 
 def stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

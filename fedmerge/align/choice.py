@@ -21,7 +21,7 @@ from fedmerge.spaces import UnsupportedOperation
 from fedmerge.train import evaluate
 
 MOST_TO_CALIBRATE = 1024
-"""Images on which a candidate's BatchNorm statistics are estimated: all would cost more than all else together."""
+"""Images on which a candidate's BatchNorm statistics are estimated: a candidate is judged at that price."""
 
 Candidates = Mapping[str, Callable[[], Aligned]]
 """Named alignments of the same models, computed when called; the name is that of an aligner with its options."""
