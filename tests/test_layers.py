@@ -90,6 +90,8 @@ LAYERS: dict[str, frozenset[str]] = {
             "merge.objective",
             "merge.pleas",
             "merge.regmean",
+            "merge.pool",
+            "merge.propagation",
             "merge.stacking",
             "merge.starts",
             "merge.taskvectors",

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge.catalogue import MERGERS, resolve
-from fedmerge.merge.stacking import Stacker, pool_of, stack
+from fedmerge.merge.pool import pool_of
+from fedmerge.merge.stacking import Stacker, stack
 from fedmerge.merge.teacher import Teacher
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import UNKNOWN, Examples, Merged, Problem

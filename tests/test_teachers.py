@@ -218,7 +218,7 @@ def test_soft_targets_that_are_labels_give_the_steps_of_labels() -> None:
     ("options", "message"),
     [
         ({"targets": "easy"}, "targets must be one of labels, soft, sharpened, hard, mixed, completed"),
-        ({"teacher": "best"}, "teacher must be one of mean, counts, counts-geometric, prior, stacked"),
+        ({"teacher": "best"}, "teacher must be one of mean, counts, counts-geometric, prior, propagated, stacked"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"label_share": 1.5}, r"label_share must be in \[0, 1\]"),
         ({"smoothing": -1.0}, "smoothing must be a number of examples, at least 0"),

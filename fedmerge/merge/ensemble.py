@@ -1,7 +1,8 @@
 """The clients' ensemble: the mean of their probabilities. K models at inference; the yardstick of every merge.
 
-With the clients' label counts it is the best teacher that there is of them (`fedmerge.merge.teacher`); with labels of
-the server's images its weights can be learned (`fedmerge.merge.stacking`).
+With the clients' label counts it is the best teacher that there is of them (`fedmerge.merge.teacher`), above all where
+its weights are learned on the server's images, unlabelled (`fedmerge.merge.propagation`) or labelled ones
+(`fedmerge.merge.stacking`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmerge.merge.stacking import needs_of, pool_of
+from fedmerge.merge.pool import needs_of, pool_of
 from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import Merged, Problem, Update
 
@@ -52,8 +53,8 @@ class Ensemble:
         pool = pool_of(self.rule, problem, updates, self.smoothing)
         return Merged(
             states,
-            server_examples=pool.server_labels,
-            server_labels=pool.server_labels > 0,
+            server_examples=pool.server_examples,
+            server_labels=pool.server_labels,
             diagnostics=pool.diagnostics,
             combine=pool.combine,
         )

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from fedmerge.merge.augment import AUGMENTATIONS
-from fedmerge.merge.stacking import needs_of, pool_of
+from fedmerge.merge.pool import needs_of, pool_of
 from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
 from fedmerge.settings import ConfigurationError
@@ -118,10 +118,10 @@ class Objective:
             return self.seen(problem)
         if self.targets == "completed" and data.labelled:
             return problem
-        pool = pool_of(self.teacher, problem, updates, self.smoothing)
+        semi = self.targets in ("mixed", "completed") and bool(known.any())
+        pool = pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
         found = pool.combine(log_probabilities(problem.model, [update.state for update in updates], data.images))
         classes = found.argmax(1)
-        semi = self.targets in ("mixed", "completed") and bool(known.any())
         taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
         if self.targets in ("hard", "completed") and not semi:
             return replace(taught, data=Examples(data.images, classes))

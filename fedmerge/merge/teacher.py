@@ -32,7 +32,9 @@ from fedmerge.settings import ConfigurationError
 RULES = ("mean", "counts", "counts-geometric", "prior")
 STACKED = "stacked"
 """The teacher that is learned on labelled images of the server's (`fedmerge.merge.stacking`)."""
-TEACHERS = (*RULES, STACKED)
+PROPAGATED = "propagated"
+"""The teacher that is learned on unlabelled images of the server's (`fedmerge.merge.propagation`)."""
+TEACHERS = (*RULES, PROPAGATED, STACKED)
 SMOOTHING = 1.0
 """Examples added to every count: a client that has not seen a class keeps a little say in it."""
 
