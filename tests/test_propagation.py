@@ -13,6 +13,7 @@ from torch.nn import functional
 from fedmerge.merge.objective import Objective
 from fedmerge.merge.pool import pool_of
 from fedmerge.merge.propagation import (
+    FEWEST,
     PENALTY,
     SPREAD,
     nearest,
@@ -124,8 +125,8 @@ def test_a_class_that_nobody_has_seen_is_nobodys_class() -> None:
     assert bool((found(opinions)[:, 2] == -torch.inf).all())
 
 
-def test_a_handful_of_images_teaches_by_the_prior_alone() -> None:
-    opinions, _ = two_kinds(6)
+def test_few_images_teach_by_the_prior_alone() -> None:
+    opinions, _ = two_kinds(FEWEST - 1)
     assert torch.equal(propagated_classes(PRIOR, opinions), PRIOR(opinions).argmax(1))
 
 

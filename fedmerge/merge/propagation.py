@@ -29,6 +29,8 @@ from fedmerge.merge.stacking import Stacker, stack
 from fedmerge.merge.teacher import Teacher
 from fedmerge.problem import UNKNOWN
 
+FEWEST = 200
+"""Images below which nothing is spread: their neighbours are too far, and their shares too much of chance."""
 NEIGHBOURS = 10
 SPREAD = 0.8
 """How much of an image's classes its neighbours decide."""
@@ -62,7 +64,7 @@ def propagated_classes(
     log_probabilities: Float64[Tensor, "clients examples classes"],
     labels: Int[Tensor, " examples"] | None = None,
 ) -> Int[Tensor, " examples"]:
-    """Return the classes that a prior tells, spread and scaled; the prior's own, of no more images than `NEIGHBOURS`.
+    """Return the classes that a prior tells, spread and scaled; below `FEWEST` images the prior's own.
 
     Args:
         prior: by label counts.
@@ -73,7 +75,7 @@ def propagated_classes(
     labels = torch.full(log_probabilities.shape[1:2], UNKNOWN) if labels is None else labels
     known = labels != UNKNOWN
     classes = labels.where(known, prior(log_probabilities).argmax(1))
-    if len(classes) <= NEIGHBOURS:
+    if len(classes) < FEWEST:
         return classes
     seen = counts > 0
     masses = spread(nearest(views(log_probabilities), NEIGHBOURS), classes, len(counts))
