@@ -25,7 +25,7 @@ _UNIT_BY_UNIT = (
 
 
 class BasisChange(Protocol):
-    """A change of the basis of one feature space: `Permutation`, `Linear`, `Transport` or `Zip`."""
+    """A change of the basis of one feature space: `Permutation`, `Linear`, `Transport`, `Zip` or `Resize`."""
 
     @property
     def size(self) -> int:
@@ -188,6 +188,45 @@ class Zip:
     def _summed(self, weights: Tensor, factor: Tensor) -> Tensor:
         wide = weights.double() * factor
         return torch.zeros_like(wide).index_add_(0, self.group.to(weights.device), wide).to(weights.dtype)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Change the number of units: a unit may become several, and several may become one.
+
+    Unit i of the result is Σ_j W_ji of unit j and is read by Σ_j R_ji of what read unit j. The function is kept where
+    copies are read by parts that sum to 1 (rows of R), and where units that are joined are equal. Not for `rebase`,
+    whose results have the shapes of what was given: `fedmerge.adapt.widths.resize` applies it.
+
+    Attributes:
+        writing: W (units, units of the result), its columns sum to 1.
+        reading: R (units, units of the result).
+    """
+
+    writing: Float[Tensor, "units resized"]
+    reading: Float[Tensor, "units resized"]
+
+    def __post_init__(self) -> None:
+        if self.writing.ndim != 2 or self.writing.shape != self.reading.shape:
+            raise ValueError(
+                "expected two matrices (units, units of the result), "
+                f"got {tuple(self.writing.shape)} and {tuple(self.reading.shape)}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Units of the space, before."""
+        return len(self.writing)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Return Wᵀ times weights (units, …), computed in float64."""
+        return Linear(self.writing).write(weights)
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Return Rᵀ times weights (units, …), computed in float64."""
+        return Linear(self.reading).write(weights)
+
+    scale = write
 
 
 def rebase(state: StateDict, spaces: Sequence[Space], changes: Sequence[BasisChange]) -> dict[str, Tensor]:

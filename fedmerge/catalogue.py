@@ -213,6 +213,12 @@ METHODS = (
 )
 """The methods that are compared by default: the controls, then ours."""
 
+MIXED_METHODS = (
+    *("fedavg", "best-client", "ensemble", "server-only", "best-client-finetune"),
+    *("activations+mean", "activations+finetune", "activations+np"),
+)
+"""Those where the clients' architectures differ."""
+
 
 def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
     """Return the algorithm that a name with options stands for.

@@ -119,7 +119,7 @@ def compare(
     with _session(quiet, as_json) as (console, stack):
         if flags["rounds"] != 1:
             raise ConfigurationError("compare merges one round of training by many methods: use simulate for --rounds")
-        settings = {"methods": _methods(methods), "seeds": _seeds(seeds, flags["seed"])}
+        settings = {"methods": _methods(methods, flags["models"]), "seeds": _seeds(seeds, flags["seed"])}
         from fedmerge import compare as comparison
         from fedmerge.preparation import prepare
 
@@ -154,11 +154,13 @@ def merge(
 ) -> None:
     """Merge stored updates again, without training.
 
-    SOURCES are run folders, or safetensors checkpoints of one architecture (then --model and --data are needed). The
-    results of a run folder go into it, or into a new one with --out; those of checkpoints into a new one. A run's
-    configuration counts; --server-labels alone may differ from it, and then the results go into a new folder.
+    SOURCES are run folders, or safetensors checkpoints (then --model and --data are needed, and --models if their
+    architectures differ). The results of a run folder go into it, or into a new one with --out; those of checkpoints
+    into a new one. A run's configuration counts; --server-labels alone may differ from it, and then the results go into
+    a new folder.
     """
     with _session(quiet, as_json) as (console, stack):
+        from fedmerge import checkpoints
         from fedmerge import compare as comparison
         from fedmerge.preparation import enter, new_run, relabelled
         from fedmerge.runs import Run
@@ -169,9 +171,10 @@ def merge(
         if folders and len(folders) < len(sources):
             raise ConfigurationError("give run folders, or safetensors files, not both")
         if not folders:
-            counts = None if label_counts is None else comparison.read_label_counts(label_counts)
-            config = comparison.checkpoint_config(Config(**flags), len(sources))
-            updates = comparison.read_checkpoints(config, sources, counts)
+            counts = None if label_counts is None else checkpoints.read_label_counts(label_counts)
+            given_clients = {"clients": len(sources), "min_completed": len(sources)}
+            config = checkpoints.checkpoint_config(Config(**{**flags, **given_clients}), len(sources))
+            updates = checkpoints.read_checkpoints(config, sources, counts)
             settings = {"methods": names, "sources": [str(path) for path in sources]}
             run = new_run("merge", config, stack, settings)
             comparison.merge_checkpoints(config, run, updates, names, progress=console.progress)
@@ -287,10 +290,11 @@ class _session:
             sys.exit(1)
 
 
-def _methods(text: str) -> list[str]:
-    from fedmerge.catalogue import METHODS, method_name, parse_method
+def _methods(text: str, models: str = "") -> list[str]:
+    from fedmerge.catalogue import METHODS, MIXED_METHODS, method_name, parse_method
 
-    given: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()] if text else METHODS
+    default = MIXED_METHODS if models else METHODS
+    given: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()] if text else default
     return list(dict.fromkeys(method_name(*parse_method(name)) for name in given))
 
 

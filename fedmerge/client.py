@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -23,6 +24,9 @@ from fedmerge import federation, models, sitedata
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_FAILED
+from fedmerge.metrics import PARTITION_ID
+from fedmerge.nodes import of_device, own_model, partition_of, site_settings
+from fedmerge.partial import last_layers
 from fedmerge.problem import Examples, Update
 from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
@@ -33,9 +37,8 @@ from fedmerge.wire import (
     ARRAYS,
     CONFIG,
     METRICS,
+    MODEL,
     NUM_EXAMPLES,
-    NUM_PARTITIONS,
-    PARTITION_ID,
     PROXIMAL_MU,
     SERVER_ROUND,
     state_from_arrays,
@@ -43,9 +46,6 @@ from fedmerge.wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-SITE_SETTINGS = ("data-dir", "device")
-"""Settings that a site may give in its node configuration; they go before the run's."""
 
 
 def client_app(load: Callable[[Config], Federation] = federation.load) -> ClientApp:
@@ -61,10 +61,18 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
         def answer(config: Config, partition_id: int) -> RecordDict:
             arrays = message.content.array_records.get(ARRAYS)
             examples = _examples(load, config, partition_id, message, context)
-            start = None if arrays is None else state_from_arrays(arrays, _architecture(config, examples).state_dict())
-            config = _told(config, message)
-            update = train_client(config, examples, partition_id, _server_round(message), start)
-            return update_to_records(update, upload_dtype=config.upload_dtype)
+            own = own_model(config, partition_id, context.node_config)
+            record = message.content.config_records.get(CONFIG, ConfigRecord())
+            sent, model = record.get(MODEL, config.model), "" if own == config.model else own
+            config = _told(config.replace(model=own, models=""), message)
+            config, layers = of_device(config, partition_id, context.node_config)
+            start: StateDict | None = None
+            if arrays is not None and sent == own:
+                start = state_from_arrays(arrays, _architecture(config, examples).state_dict())
+            elif arrays is not None:
+                start = own_start(config, examples, partition_id)
+            update = train_client(config, examples, partition_id, _server_round(message), start, layers=layers)
+            return update_to_records(replace(update, model=model), upload_dtype=config.upload_dtype)
 
         return _reply(message, context, answer)
 
@@ -88,7 +96,13 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
 
 
 def train_client(
-    config: Config, examples: Federation, partition_id: int, server_round: int, start: StateDict | None
+    config: Config,
+    examples: Federation,
+    partition_id: int,
+    server_round: int,
+    start: StateDict | None,
+    *,
+    layers: int = 0,
 ) -> Update:
     """Train a client's model on the client's images.
 
@@ -99,6 +113,7 @@ def train_client(
         server_round: the round, from 1.
         start: the weights that the server sent; in the first round with independent initialisations they are not
             used, and may be None.
+        layers: how many of the model's last layers are trained, and sent; 0: all.
 
     Returns:
         The update, on the CPU.
@@ -110,8 +125,8 @@ def train_client(
     path = ("client", partition_id)
     own = examples.client(partition_id)
     if server_round == 1 and config.init == "independent":
-        model = _architecture(config, examples, derive(config.seed, *path, "init"))
-        start = model.state_dict()
+        start = own_start(config, examples, partition_id)
+        model = _architecture(config, examples)
     elif start is None:
         raise ValueError(f"the server sent no weights to start round {server_round} from (--init {config.init})")
     else:
@@ -129,7 +144,9 @@ def train_client(
     with _reproducible():
         device = choose_device(config.device)
         model, data = model.to(device), own.to(device)
-        state, _ = fit(model, start, data, recipe, generator=generator(config.seed, *path, "round", server_round))
+        moving = last_layers(start, layers) if layers else None
+        chance = generator(config.seed, *path, "round", server_round)
+        state, _ = fit(model, start, data, recipe, generator=chance, moving=moving)
         result = evaluate(model, [state], data)
         chance = generator(config.seed, *path, "statistics", server_round)
         told = collect(config.statistics, model, state, data.images, generator=chance)
@@ -140,9 +157,22 @@ def train_client(
         partition_id=partition_id,
         label_counts=_label_counts(own, len(examples.classes)) if config.label_counts else None,
         metrics={"loss": result.loss, "accuracy": result.accuracy, "seconds": time.perf_counter() - began},
-        num_bytes=num_bytes(state),
+        num_bytes=num_bytes(state if moving is None else {name: state[name] for name in moving}),
+        layers=layers,
         statistics={kind: {name: tensor.cpu() for name, tensor in of.items()} for kind, of in told.items()},
     )
+
+
+def own_start(config: Config, examples: Federation, partition_id: int) -> StateDict:
+    """Return the weights that a client starts from where the server has sent it none of its architecture.
+
+    Args:
+        config: the federation's configuration, with the client's own model.
+        examples: the federation, for the size of its images and the number of classes.
+        partition_id: the client's number, from 0; with a shared initialisation all have the same weights.
+    """
+    path = ("init",) if config.init == "shared" else ("client", partition_id, "init")
+    return _architecture(config, examples, derive(config.seed, *path)).state_dict()
 
 
 def evaluate_client(
@@ -199,36 +229,11 @@ def num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def partition_of(node_config: Mapping[str, object], config: Config) -> int:
-    """Return which client a node is.
-
-    Args:
-        node_config: of the SuperNode, or of the simulation's virtual node.
-        config: the federation's configuration.
-
-    Raises:
-        ConfigurationError: if the node does not tell, or tells of another number of clients.
-    """
-    partition_id, partitions = node_config.get(PARTITION_ID), node_config.get(NUM_PARTITIONS, config.clients)
-    if partitions != config.clients:
-        raise ConfigurationError(
-            f"the node has {NUM_PARTITIONS}={partitions}, but the run has clients={config.clients}; make them equal: "
-            f'flwr run . --run-config "clients={partitions}", or --federation-config "num-supernodes={config.clients}"'
-        )
-    if not isinstance(partition_id, int) or not 0 <= partition_id < config.clients:
-        raise ConfigurationError(
-            f"the node's configuration has {PARTITION_ID}={partition_id!r}, expected a whole number from 0 to "
-            f'{config.clients - 1}; start it with --node-config "{PARTITION_ID}=0 {NUM_PARTITIONS}={config.clients}"'
-        )
-    return partition_id
-
-
 def _reply(message: Message, context: Context, answer: Callable[[Config, int], RecordDict]) -> Message:
     """Answer a message; whatever goes wrong is told to the server, naming the client."""
     name = f"client {context.node_config.get(PARTITION_ID, '?')}"
     try:
-        site = {key: context.node_config[key] for key in SITE_SETTINGS if key in context.node_config}
-        config = Config.from_mapping({**context.run_config, **site})
+        config = Config.from_mapping({**context.run_config, **site_settings(context.node_config)})
         return Message(answer(config, partition_of(context.node_config, config)), reply_to=message)
     except Exception as error:
         logger.exception("%s failed", name)

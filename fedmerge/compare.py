@@ -6,30 +6,27 @@ shared by the mergers that want them so.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import cast
 
-from torch import nn
-
-from fedmerge import federation, models, results
+from fedmerge import federation, federation_models, results
 from fedmerge.actors import Failure
 from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device, num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.mixed import is_mixed, merge_federation
 from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare, screens
+from fedmerge.outcomes import Outcome
 from fedmerge.problem import Problem, Progress, Update, silent
 from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
 from fedmerge.seeds import derive
-from fedmerge.settings import ConfigurationError, Value
+from fedmerge.settings import Value
 from fedmerge.simulation import simulation, train_clients
-from fedmerge.state import MalformedState, StateDict, conform, num_bytes, read_checkpoint
-from fedmerge.updatefiles import described
+from fedmerge.state import StateDict, num_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -93,43 +90,15 @@ def merge_stored(run: Run, target: Run, methods: Sequence[str], *, progress: Pro
         merge_by_methods(of_seed, target, examples, updates, methods, progress=_for_seed(progress, seed))
 
 
-def checkpoint_config(config: Config, count: int) -> Config:
-    """Return the configuration of merging checkpoints: only the server's images matter.
-
-    Args:
-        config: the architecture, and the data that the server's images are drawn from.
-        count: number of checkpoints.
-    """
-    return config.replace(clients=count, partition="iid", client_examples=0, min_completed=count, init="independent")
-
-
-def read_checkpoints(
-    config: Config, paths: Sequence[Path], label_counts: Mapping[str, Sequence[int]] | None = None
-) -> list[Update]:
-    """Read safetensors files of one architecture that were trained elsewhere.
-
-    Args:
-        config: from `checkpoint_config`.
-        paths: the files, one a client, in the clients' order.
-        label_counts: images of each class by file name, or None.
-
-    Raises:
-        MalformedState: if a file does not fit the model.
-    """
-    examples = federation.load(config)
-    expected = _architecture(config, examples).state_dict()
-    return [_checkpoint(path, place, expected, label_counts, len(examples.classes)) for place, path in enumerate(paths)]
-
-
 def merge_checkpoints(
     config: Config, run: Run, updates: Sequence[Update], methods: Sequence[str], *, progress: Progress = silent
 ) -> None:
     """Merge checkpoints, and keep copies of them in the run folder.
 
     Args:
-        config: from `checkpoint_config`.
+        config: from `fedmerge.checkpoints.checkpoint_config`.
         run: the run folder.
-        updates: from `read_checkpoints`.
+        updates: from `fedmerge.checkpoints.read_checkpoints`.
         methods: as in `compare`.
         progress: called on long work.
     """
@@ -168,14 +137,16 @@ def merge_by_methods(
     for done, (method, cell) in enumerate(cells):
         logger.info("seed %d: '%s' done, %d of %d methods", config.seed, method, done + 1, len(methods))
         progress("methods merged", done + 1, len(methods))
-        result, states = _failed(config, method, cell.reason) if isinstance(cell, Failure) else cast("Cell", cell)
-        if states:
-            run.save_model(config.seed, 1, method, states)
-        run.append(result)
+        lines = _failed(config, method, cell.reason) if isinstance(cell, Failure) else cast("list[Line]", cell)
+        for result, states, names in lines:
+            if states:
+                run.save_model(config.seed, 1, result["method"], states, names)
+            run.append(result)
 
 
-Cell = tuple[Result, tuple[StateDict, ...]]
-"""A line of results.jsonl, and the merged model or the ensemble's members; none where the method failed."""
+Line = tuple[Result, tuple[StateDict, ...], tuple[str, ...]]
+"""A line of results.jsonl, the merged model or the ensemble's members (none where the method failed), and the names of
+their architectures, as in `Merged.models`."""
 
 
 class Bench:
@@ -198,103 +169,61 @@ class Bench:
         self.config = Config.from_mapping(settings)
         self.updates = updates
         device = choose_device(self.config.device)
-        model, server = _architecture(self.config, examples).to(device), examples.server.to(device)
+        model, server = federation_models.of_server(self.config, examples).to(device), examples.server.to(device)
         start = model.state_dict() if self.config.init == "shared" else None
-        self.problem = Problem(model, server, self.config.seed, self.config.batch_size, progress, start=start)
+        others = federation_models.of_others(self.config, examples, device)
+        self.problem = Problem(
+            model, server, self.config.seed, self.config.batch_size, progress, start=start, others=others
+        )
         self.evaluation = examples.evaluation.to(device)
         self.prepared: dict[tuple[str, object, bool], tuple[Problem, Alignment]] = {}
 
-    def answer(self, method: str) -> Cell:
-        """Merge the updates by a method and evaluate the result.
+    def answer(self, method: str) -> list[Line]:
+        """Merge the updates by a method and evaluate the result, and each step of it.
 
         Args:
             method: `ALIGNER+MERGER` or `MERGER`, checked.
         """
-        seed = derive(self.config.seed, "merge", 1)
         align, merge = parse_method(method)
         state = self.problem.model.state_dict()
         try:
             with num_threads(self.config.threads):
-                key = align, lesson(self.problem, merge), screens(align, merge)
-                if key not in self.prepared:
-                    settings = {"align": align, "merge": merge, "screen": self.config.screen}
-                    self.prepared[key] = prepare(self.problem, self.updates, seed=seed, **settings)
-                outcome = merge_aligned(*self.prepared[key], merge=merge, seed=seed)
-                result = results.measured(
+                lines = results.measured_with_steps(
                     method=method,
                     seed=self.config.seed,
                     server_round=1,
-                    outcome=outcome,
-                    model=self.problem.model,
+                    outcome=self._merged(align, merge),
+                    problem=self.problem,
                     evaluation=self.evaluation,
-                    bytes_up=results.bytes_up(self.updates, method),
+                    updates=self.updates,
                     bytes_down=len(self.updates) * num_bytes(state) if self.problem.start else 0,
+                    server_model=self.config.model,
                 )
         except (ArithmeticError, RuntimeError, ValueError) as error:  # this method's; the others go on
             logger.exception("method '%s' failed", method)
             return _failed(self.config, method, f"{type(error).__name__}: {error}")
-        return result, tuple({name: tensor.cpu() for name, tensor in state.items()} for state in outcome.merged.states)
+        return [
+            (
+                line,
+                tuple({name: tensor.cpu() for name, tensor in state.items()} for state in merged.states),
+                merged.models,
+            )
+            for line, merged in lines
+        ]
+
+    def _merged(self, align: str, merge: str) -> Outcome:
+        seed = derive(self.config.seed, "merge", 1)
+        settings = {"align": align, "merge": merge, "screen": self.config.screen}
+        if is_mixed(self.updates):
+            return merge_federation(self.problem, self.updates, seed=seed, **settings)
+        key = align, lesson(self.problem, merge), screens(align, merge)
+        if key not in self.prepared:
+            self.prepared[key] = prepare(self.problem, self.updates, seed=seed, **settings)
+        return merge_aligned(*self.prepared[key], merge=merge, seed=seed)
 
 
-def _failed(config: Config, method: str, reason: str) -> Cell:
-    return results.failed(method=method, seed=config.seed, server_round=1, reason=reason), ()
-
-
-def read_label_counts(path: Path) -> dict[str, list[int]]:
-    """Read images of each class by checkpoint file name from a JSON file.
-
-    Args:
-        path: an object {"site-a.safetensors": [12, 0, …], …}.
-
-    Raises:
-        ConfigurationError: if it is anything else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--label-counts {path}: cannot be read as JSON: {error}") from error
-    valid = isinstance(found, dict) and all(
-        isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
-        for counts in found.values()
-    )
-    if not valid:
-        raise ConfigurationError(
-            f'--label-counts {path}: expected an object {{"FILE NAME": [images of class 0, of class 1, …], …}}'
-        )
-    return dict(found)
-
-
-def _architecture(config: Config, examples: Federation) -> nn.Module:
-    shape, num_classes = examples.dataset.shape, len(examples.classes)
-    return models.create(config.model, shape=shape, num_classes=num_classes, seed=derive(config.seed, "init"))
-
-
-def _checkpoint(
-    path: Path,
-    partition_id: int,
-    expected: StateDict,
-    label_counts: Mapping[str, Sequence[int]] | None,
-    num_classes: int,
-) -> Update:
-    state, header = read_checkpoint(path)
-    try:
-        state = conform(state, expected)
-    except MalformedState as error:
-        raise MalformedState(f"{path}: {error}; is --model the architecture that it was trained with?") from error
-    about = described(path, header)
-    counts = about.get("label-counts") if label_counts is None else label_counts.get(path.name)
-    if label_counts is not None and (counts is None or len(counts) != num_classes or not sum(counts)):
-        raise ConfigurationError(
-            f"--label-counts: expected {num_classes} counts for '{path.name}', not all 0, got {counts}"
-        )
-    return Update(
-        state=state,
-        num_examples=sum(counts) if counts else about.get("num-examples", 1),
-        partition_id=partition_id,
-        label_counts=tuple(counts) if counts else None,
-        metrics=about.get("metrics", {}),
-        num_bytes=num_bytes(state),
-    )
+def _failed(config: Config, method: str, reason: str) -> list[Line]:
+    return [(results.failed(method=method, seed=config.seed, server_round=1, reason=reason), (), ())]
 
 
 def _for_seed(progress: Progress, seed: int) -> Progress:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedmerge.catalogue import SCREENS, STATISTICS, needs
-from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
+from fedmerge.devices import Device, parse_devices
+from fedmerge.settings import ConfigurationError, Value, convert, counted, flag, key, known
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,6 +45,9 @@ class Config:
         "mlp",
         "model: a name from `fedmerge list` (NAME@WIDTH scales its width), torchvision's, or package.module:function",
     )
+    models: str = _option(
+        "", "the clients' models in their order, NAME:COUNT,NAME:COUNT,…; empty: all have the server's, --model"
+    )
     clients: int = _option(5, "number of clients")
     client_examples: int = _option(0, "training images of all clients together; 0: all that the server leaves")
     partition: str = _option("dirichlet", "how the clients' images are divided: a name from `fedmerge list`")
@@ -69,6 +73,11 @@ class Config:
         "np", "how the aligned models are merged: a name from `fedmerge list`, NAME:KEY=VALUE sets options"
     )
     seed: int = _option(0, "seed of everything that is random")
+    devices: str = _option(
+        "",
+        "weak clients, the first ones, DEVICE:COUNT,…: epochs=N, float16, layers=N (trains and sends its last N layers "
+        "alone; needs --init shared), or several joined by +",
+    )
     upload_dtype: str = _option("float32", "numbers in a client's reply: float32, or float16 for half the bytes")
     label_counts: bool = _option(True, "clients tell the server how many images of each class they have")
     client_statistics: str = _option(
@@ -112,6 +121,17 @@ class Config:
             raise ConfigurationError(
                 f"--min-completed is {self.min_completed}, but there are only {self.clients} clients (--clients)"
             )
+        parse_devices(self.devices, self.clients if self.devices else 0)
+        if self.models and len(self.client_models) != self.clients:
+            raise ConfigurationError(
+                f"--models {self.models} has {len(self.client_models)} clients, and --clients is {self.clients}: make "
+                "them equal"
+            )
+        if self.devices and self.init != "shared" and any(device.layers for device in self.client_devices):
+            raise ConfigurationError(
+                f"--devices {self.devices}: layers=N leaves a client's other layers at the start that all share: give "
+                "--init shared"
+            )
         low, high = self.epochs_range
         self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
 
@@ -132,6 +152,38 @@ class Config:
             raise ConfigurationError(f"--local-epochs must be N or LOW..HIGH, got {self.local_epochs!r}")
         low = int(match[1])
         return low, int(match[2]) if match[2] else low
+
+    @property
+    def client_models(self) -> tuple[str, ...]:
+        """The name of each client's model, in their order.
+
+        Example:
+            >>> Config(clients=3, models="cnn:2,mlp:1").client_models, Config(clients=2, min_completed=1).client_models
+            (('cnn', 'cnn', 'mlp'), ('mlp', 'mlp'))
+        """
+        if not self.models:
+            return (self.model,) * self.clients
+        return tuple(name for name, count in counted(flag("models"), self.models) for _ in range(count))
+
+    @property
+    def other_models(self) -> tuple[str, ...]:
+        """The names of the models that clients have and the server has not.
+
+        Example:
+            >>> Config(clients=3, model="mlp", models="cnn:2,mlp:1").other_models
+            ('cnn',)
+        """
+        return tuple(name for name in dict.fromkeys(self.client_models) if name != self.model)
+
+    @property
+    def client_devices(self) -> tuple[Device, ...]:
+        """Each client's device, in their order.
+
+        Example:
+            >>> Config(clients=2, devices="epochs=3:1").client_devices[0].epochs
+            3
+        """
+        return parse_devices(self.devices, self.clients)
 
     @property
     def num_server_labels(self) -> int:

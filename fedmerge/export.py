@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedmerge import federation, models
 from fedmerge.errors import FedmergeError
-from fedmerge.runs import Run, RunError, file_name
+from fedmerge.runs import ARCHITECTURE, Run, RunError, file_name
 from fedmerge.settings import known
 from fedmerge.state import StateDict, conform, read_checkpoint, serialize
 from fedmerge.train import predict
@@ -72,9 +72,12 @@ def export_stored(run: Run, method: str, path: Path, seed: int | None = None) ->
     stored = find_model(run, method, seed)
     examples = federation.load(run.config)
     shape, classes = examples.dataset.shape, examples.classes
-    model = models.create(run.config.model, shape=shape, num_classes=len(classes), seed=0)
-    about = {"model": run.config.model, "method": method, "shape": list(shape), "classes": list(classes)}
-    difference = export_model(model, read_checkpoint(stored)[0], shape, path, about=about)
+    state, header = read_checkpoint(stored)
+    name = header.get(ARCHITECTURE, run.config.model)
+    known("model", name, [run.config.model, *run.config.other_models])  # before anything is built by a file's word
+    model = models.create(name, shape=shape, num_classes=len(classes), seed=0)
+    about = {"model": name, "method": method, "shape": list(shape), "classes": list(classes)}
+    difference = export_model(model, state, shape, path, about=about)
     return {**about, "file": str(path), "largest-difference": difference}
 
 

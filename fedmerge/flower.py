@@ -14,7 +14,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmerge.config import Config
-from fedmerge.wire import NUM_PARTITIONS, PARTITION_ID
+from fedmerge.metrics import PARTITION_ID
+from fedmerge.wire import NUM_PARTITIONS
 
 RUN_ID = 1
 SERVER_NODE_ID = 0

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
+from fedmerge.conforming import conformed
 from fedmerge.merge.best import best_client
 from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
+from fedmerge.outcomes import Outcome
 from fedmerge.problem import LABEL_COUNTS, LABELS, Aligned, Merged, Problem, Update
+from fedmerge.screening import Screening
 from fedmerge.screening import screen as screen_clients
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError, known
-from fedmerge.state import StateDict, conform
+from fedmerge.state import StateDict
 from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
@@ -41,21 +44,6 @@ class Alignment:
     diagnostics: dict[str, Any]
     seconds: float
     screening: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A merge that is done.
-
-    Attributes:
-        merged: the model, or the ensemble.
-        diagnostics: of the screening, the alignment and the merge, in JSON's types.
-        seconds: wall time of all.
-    """
-
-    merged: Merged
-    diagnostics: dict[str, Any]
-    seconds: float
 
 
 def merge_updates(
@@ -97,13 +85,8 @@ def prepare(
     """
     started = time.perf_counter()
     parse_method(f"{align}+{merge}")
-    known("way of screening", screen, SCREENS)
-    found = None
-    if screen == "auto" and len(updates) > 1 and screens(align, merge):
-        learned = objective(merge)
-        use_labels = (learned is None or learned.uses_labels) and not problem.blind
-        judges = problem if learned is None else learned.seen(problem)
-        found = screen_clients(judges, _conformed(problem, updates), use_labels=use_labels)
+    found = screened(problem, updates, align=align, merge=merge, screen=screen)
+    if found is not None:
         updates = found.updates
     problem = teach(problem, updates, merge=merge)
     alignment = align_updates(problem, updates, align=align, seed=seed)
@@ -115,6 +98,25 @@ def prepare(
             screening=found.diagnostics,
         )
     return problem, replace(alignment, seconds=time.perf_counter() - started)
+
+
+def screened(problem: Problem, updates: Sequence[Update], *, align: str, merge: str, screen: str) -> Screening | None:
+    """Return what screening finds, or None where the method, or the setting, does without.
+
+    Args:
+        problem: the server's side.
+        updates: at least one, in any order.
+        align: an aligner's name, with options.
+        merge: a merger's name, with options.
+        screen: "auto", or "off".
+    """
+    known("way of screening", screen, SCREENS)
+    if screen == "off" or len(updates) < 2 or not screens(align, merge):
+        return None
+    learned = objective(merge)
+    use_labels = (learned is None or learned.uses_labels) and not problem.blind
+    judges = problem if learned is None else learned.seen(problem)
+    return screen_clients(judges, conformed(problem, updates), use_labels=use_labels)
 
 
 def screens(align: str, merge: str) -> bool:
@@ -192,7 +194,7 @@ def teach(problem: Problem, updates: Sequence[Update], *, merge: str) -> Problem
     of_merger = objective(merge)
     if of_merger is None or len(updates) < 2:
         return problem
-    return of_merger.teach(problem, _conformed(problem, updates))
+    return of_merger.teach(problem, conformed(problem, updates))
 
 
 def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, seed: int) -> Alignment:
@@ -208,7 +210,7 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
         ValueError: if there is no update, or two have the same partition id.
     """
     started = time.perf_counter()
-    ordered = _conformed(problem, updates)
+    ordered = conformed(problem, updates)
     states = [update.state for update in ordered]
     aligner = resolve("aligner", align, ALIGNERS)
     reference = 0
@@ -270,27 +272,3 @@ def _following(problem: Problem, update: Update, found: Aligned, place: int) -> 
         return {}
     changes = found.changes[place]
     return rebased(update.statistics, update.state, problem.spaces, changes) if changes else update.statistics
-
-
-def _conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
-    """Return the updates by partition id, their states checked, in the model's dtypes and where the problem is."""
-    ids = sorted(update.partition_id for update in updates)
-    if not ids or len(set(ids)) != len(ids):
-        raise ValueError(f"expected updates of different clients, at least one, got partition ids {ids}")
-    expected = problem.model.state_dict()
-    device = problem.data.images.device
-    ordered = sorted(updates, key=lambda update: update.partition_id)
-    states = [
-        {name: tensor.to(device) for name, tensor in conform(update.state, expected).items()} for update in ordered
-    ]
-    statistics = [
-        {
-            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
-            for kind, tensors in update.statistics.items()
-        }
-        for update in ordered
-    ]
-    return [
-        replace(update, state=state, statistics=told)
-        for update, state, told in zip(ordered, states, statistics, strict=True)
-    ]

@@ -30,6 +30,7 @@ def prepare(
         run = Run.open(Path(config.out))
         enter(stack, run)
         return _resumed(context, run, command, config, settings), run
+    from fedmerge.mixed import may_end_elsewhere
     from fedmerge.oneshot import check_needs
 
     methods = settings.get("methods", [f"{config.align}+{config.merge}"])
@@ -41,6 +42,11 @@ def prepare(
         if name.startswith("ensemble"):
             raise ConfigurationError(
                 f"--merge {name} ends in several models, which no round can start from: use compare"
+            )
+        if config.other_models and may_end_elsewhere(config.align, config.merge):
+            raise ConfigurationError(
+                f"--merge {name} may end in another architecture than the server's (--models), which no round can "
+                "start from: use compare, or a method that learns, as np"
             )
         check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
     return config, new_run(command, config, stack, settings)
@@ -99,7 +105,23 @@ def _check(config: Config, methods: Sequence[str]) -> None:
         raise ConfigurationError(
             "--server-examples must be at least 1: merging is learned on images that the server owns"
         )
-    models.create(config.model, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
+    for name in (config.model, *config.other_models):
+        models.create(name, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
+    if config.other_models:
+        _check_mixed(config, methods)
+
+
+def _check_mixed(config: Config, methods: Sequence[str]) -> None:
+    """Find out whether methods can be used where the clients' architectures differ."""
+    from fedmerge.catalogue import parse_method
+    from fedmerge.mixed import check_mixed
+
+    if config.client_statistics:
+        raise ConfigurationError(
+            "--client-statistics: statistics of clients of different architectures (--models) cannot be put together"
+        )
+    for method in methods:
+        check_mixed(*parse_method(method))
 
 
 def _resumed(context: click.Context, run: Run, command: str, config: Config, settings: dict[str, object]) -> Config:

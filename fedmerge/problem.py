@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.basis import BasisChange
+from fedmerge.examples import UNKNOWN as UNKNOWN
+from fedmerge.examples import Examples as Examples
 from fedmerge.seeds import generator
 from fedmerge.spaces import Space
 from fedmerge.state import StateDict
@@ -22,9 +24,6 @@ from fedmerge.symmetry import symmetry
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
-
-UNKNOWN = -1
-"""The label of an example whose class is not known."""
 
 LABELS, LABEL_COUNTS = "labels", "label counts"
 """What a merger may need: a class of a server's image at least; every client's number of images of each class."""
@@ -43,63 +42,6 @@ def silent(task: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Images and what is known of their classes, in memory.
-
-    Attributes:
-        images: (examples, …) floating point, normalised.
-        labels: (examples,) int64 class indices; -1 where the class is not known.
-        targets: (examples, classes) probabilities that losses are measured against; None: the labels are.
-    """
-
-    images: Tensor
-    labels: Tensor
-    targets: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.labels.ndim != 1 or len(self.images) != len(self.labels):
-            raise ValueError(
-                f"expected one label for each image, got images {tuple(self.images.shape)} "
-                f"and labels {tuple(self.labels.shape)}"
-            )
-        if self.targets is not None and (self.targets.ndim != 2 or len(self.targets) != len(self.labels)):
-            raise ValueError(
-                f"expected targets of shape ({len(self.labels)}, classes), got {tuple(self.targets.shape)}"
-            )
-
-    @classmethod
-    def unlabelled(cls, images: Tensor) -> Examples:
-        """Return images of which no class is known.
-
-        Args:
-            images: (examples, …) floating point, normalised.
-        """
-        return cls(images, torch.full((len(images),), UNKNOWN, device=images.device))
-
-    @property
-    def known(self) -> Tensor:
-        """Which examples' classes are known, (examples,) bool."""
-        return self.labels != UNKNOWN
-
-    @property
-    def labelled(self) -> bool:
-        """Whether every example's class is known."""
-        return bool(self.known.all())
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor | slice) -> Examples:
-        return Examples(self.images[index], self.labels[index], None if self.targets is None else self.targets[index])
-
-    def to(self, device: torch.device | str) -> Examples:
-        """Return the examples on `device`."""
-        return Examples(
-            self.images.to(device), self.labels.to(device), None if self.targets is None else self.targets.to(device)
-        )
-
-
-@dataclass(frozen=True)
 class Update:
     """What a client sent: its trained model and what it tells of its data.
 
@@ -111,6 +53,8 @@ class Update:
         metrics: loss, accuracy and seconds of the local training, as reported.
         num_bytes: size of the state as it was sent.
         statistics: of its data under its model, by kind (`fedmerge.statistics`); those that were asked for.
+        model: the name of its architecture among the problem's others; empty: it is the server's.
+        layers: how many of its last layers it trained and sent, the others being those of its start; 0: all.
     """
 
     state: StateDict
@@ -120,6 +64,8 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_bytes: int = 0
     statistics: Mapping[str, StateDict] = field(default_factory=dict)
+    model: str = ""
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +79,7 @@ class Merged:
         uses_clients: False for a control that needs no client.
         diagnostics: what was chosen and why, in JSON's types.
         combine: how an ensemble's log-probabilities become one prediction; None: the mean of the probabilities.
+        models: the name of each state's architecture, as in `Update.model`; empty: all are of the server's.
     """
 
     states: tuple[dict[str, Tensor], ...]
@@ -141,6 +88,7 @@ class Merged:
     uses_clients: bool = True
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     combine: Combination | None = None
+    models: tuple[str, ...] = ()
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -171,6 +119,8 @@ class Problem:
         blind: the data's labels and targets are a teacher's, and the server's own labels have no part in them.
         taught: a teacher has a part in the data's labels or targets.
         start: the weights that every client's training started from; None where they are not one, or not known.
+        others: the architectures that clients may have and the server has not, by name.
+        truth_judges: what is learned is judged by the known classes, whatever the targets that it learns from.
     """
 
     model: nn.Module
@@ -181,10 +131,26 @@ class Problem:
     blind: bool = False
     taught: bool = False
     start: StateDict | None = None
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    truth_judges: bool = False
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
             raise ValueError("the server owns no examples: merging needs at least one (--server-examples)")
+
+    def architecture(self, name: str) -> nn.Module:
+        """Return an architecture by its name in `others`; the server's for the empty name.
+
+        Args:
+            name: as in `Update.model`.
+
+        Raises:
+            ValueError: names those that there are.
+        """
+        if name and name not in self.others:
+            known = ", ".join(map(repr, self.others)) or "no other"
+            raise ValueError(f"unknown model {name!r:.60}: beside the server's, clients may have {known}")
+        return self.others[name] if name else self.model
 
     @cached_property
     def spaces(self) -> tuple[Space, ...]:
@@ -220,7 +186,8 @@ class Problem:
     @cached_property
     def folds(self) -> tuple[tuple[Examples, Examples], ...]:
         """Pairs of (part to learn on, validation part), by `splits`."""
-        return tuple((self.data[learn], self.data[validation]) for learn, validation in self.splits)
+        judges = replace(self.data, targets=None) if self.truth_judges else self.data
+        return tuple((self.data[learn], judges[validation]) for learn, validation in self.splits)
 
     @property
     def refits(self) -> bool:
@@ -242,9 +209,9 @@ class Problem:
         return self.changed(data=data)
 
     def changed(self, **changes: Any) -> Problem:
-        """Return the problem with other attributes; spaces that are derived already are kept."""
+        """Return the problem with other attributes; spaces of the model that are derived already are kept."""
         part = replace(self, **changes)
-        if "spaces" in vars(self):
+        if "spaces" in vars(self) and part.model is self.model:
             vars(part)["spaces"] = self.spaces
         return part
 
@@ -299,7 +266,8 @@ class Merger(Protocol):
 
     A frozen dataclass; its fields are its hyper-parameters. One that cannot work without some knowledge tells so by an
     attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`. One that works also where the uniform mean of the states is
-    all that they mean (aligners whose attribute `parts` is true) tells so by an attribute `takes_parts`.
+    all that they mean (aligners whose attribute `parts` is true) tells so by an attribute `takes_parts`. One that takes
+    updates of several architectures (`Update.model`) tells so by an attribute `takes_architectures`.
     """
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:

@@ -18,7 +18,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from fedmerge.catalogue import STATISTICS
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
+from fedmerge.outcomes import SEPARATOR
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, read_checkpoint, serialize
 from fedmerge.updatefiles import read_update, update_to_bytes
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
+ARCHITECTURE = "architecture"
+"""In the header of a merged model's file, the name of its architecture; absent: it is the server's."""
 LOCK = ".lock"
 VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
 
@@ -186,19 +189,25 @@ class Run:
         ids = sorted(int(name) for name in names if re.fullmatch("[0-9]{5,20}", name))
         return [self.load_update(seed, server_round, partition_id) for partition_id in ids]
 
-    def save_model(self, seed: int, server_round: int, method: str, states: tuple[StateDict, ...]) -> None:
-        """Store a merged model, or the members of an ensemble."""
+    def save_model(
+        self, seed: int, server_round: int, method: str, states: Sequence[StateDict], models: Sequence[str] = ()
+    ) -> None:
+        """Store a merged model, or an ensemble's members, and the names of architectures that are not the server's."""
         folder = self.path / "models" / f"seed-{seed}" / f"round-{server_round}"
         for index, state in enumerate(states):
             part = f"-{index + 1:05}-of-{len(states):05}" if len(states) > 1 else ""
-            self._write(folder / f"{file_name(method)}{part}.safetensors", serialize(state))
+            about = {ARCHITECTURE: models[index]} if models and models[index] else {}
+            self._write(folder / f"{file_name(method)}{part}.safetensors", serialize(state, about))
 
     def append(self, result: Mapping[str, object]) -> None:
         """Add a line to results.jsonl; it is on the disk when this returns."""
         append_line(self.path / "results.jsonl", json.dumps(result).encode())
 
     def results(self) -> list[Result]:
-        """Return the results, the last line of each method, seed and round, in the order of the run's methods."""
+        """Return the results, the last line of each method, seed and round, in the order of the run's methods.
+
+        A method's steps come before it.
+        """
         path = self.path / "results.jsonl"
         latest: dict[tuple[object, ...], Result] = {}
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -209,7 +218,9 @@ class Run:
                 logger.warning("%s has an unfinished line, left out: %.60s", path, line.decode(errors="replace"))
         methods: list[str] = self.settings.get("methods", [])
         places = {method: place for place, method in enumerate(methods)}
-        return sorted(latest.values(), key=lambda result: places.get(result["method"], len(places)))
+        return sorted(
+            latest.values(), key=lambda result: places.get(result["method"].partition(SEPARATOR)[0], len(places))
+        )
 
     @contextmanager
     def logging(self) -> Iterator[None]:

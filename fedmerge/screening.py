@@ -13,8 +13,9 @@ that it predicts. A guess scores 1 / classes. A client stays if
 - its outputs are finite numbers, and depend on the image;
 - its score is above chance, by `DEVIATIONS` standard deviations of a guess's score and by `LEAST_SHARE` of what the
   best other client reaches on the same distribution;
-- the norm of its weights is within a factor `NORM_FACTOR` of the clients' median (from three clients on); or within
-  `NORM_LIMIT`, if its probabilities are not known to be worse than a guess's: Σ_c w(c) · loss(c) below log(classes);
+- the norm of its weights is within a factor `NORM_FACTOR` of the median of its architecture's clients (from three
+  on); or within `NORM_LIMIT`, if its probabilities are not known to be worse than a guess's: Σ_c w(c) · loss(c) below
+  log(classes);
 - its outputs are not those of another client: of copies, the one with the highest score (to a tenth) stays, or
   the first.
 
@@ -116,7 +117,9 @@ def screen(problem: Problem, updates: Sequence[Update], *, use_labels: bool) -> 
     """
     ordered = sorted(updates, key=lambda update: update.partition_id)
     images, labels = problem.data.images, problem.data.labels
-    logits = torch.stack([predict(problem.model, update.state, images) for update in ordered]).double()
+    models = [problem.architecture(update.model) for update in ordered]
+    outputs = [predict(model, update.state, images) for model, update in zip(models, ordered, strict=True)]
+    logits = torch.stack(outputs).double()
     reasons = _faults(logits)
     sound = [place for place in range(len(ordered)) if place not in reasons]
     log_probabilities = logits.log_softmax(2)
@@ -174,13 +177,18 @@ def _alike(first: Tensor, second: Tensor) -> bool:
 
 
 def _relative_norms(problem: Problem, updates: Sequence[Update]) -> list[float]:
-    """Return the norm of each model's parameters over the clients' median; 1 where fewer than three can tell."""
-    if len(updates) < 3:
-        return [1.0] * len(updates)
-    names = [name for name, _ in problem.model.named_parameters()]
-    norms = [math.sqrt(sum(float(update.state[name].double().square().sum()) for name in names)) for update in updates]
-    median = sorted(norms)[(len(norms) - 1) // 2]
-    return [norm / median if median else math.inf for norm in norms]
+    """Return the norm of each model's parameters over its architecture's median; 1 where fewer than three can tell."""
+    norms: dict[str, dict[int, float]] = {}
+    for place, update in enumerate(updates):
+        names = [name for name, _ in problem.architecture(update.model).named_parameters()]
+        squares = sum(float(update.state[name].double().square().sum()) for name in names)
+        norms.setdefault(update.model, {})[place] = math.sqrt(squares)
+    relative = [1.0] * len(updates)
+    for of_model in norms.values():
+        median = sorted(of_model.values())[(len(of_model) - 1) // 2]
+        for place, norm in of_model.items() if len(of_model) >= 3 else ():
+            relative[place] = norm / median if median else math.inf
+    return relative
 
 
 def _claims(

@@ -9,31 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from fedmerge import federation, models, oneshot, results
+from fedmerge import federation, federation_models, oneshot, results
 from fedmerge.catalogue import method_name
 from fedmerge.client import num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.outcomes import Outcome
 from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of
 from fedmerge.runs import Run
-from fedmerge.seeds import derive
 from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
 from fedmerge.wire import (
     MalformedUpdate,
     arrays_from_state,
 )
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +138,7 @@ class _Session:
     ) -> _Session:
         examples = load(config)
         run.save_partition(config.seed, examples.indices())
-        model = models.create(
-            config.model,
-            shape=examples.dataset.shape,
-            num_classes=len(examples.classes),
-            seed=derive(config.seed, "init"),
-        )
+        model = federation_models.of_server(config, examples)
         strategy = OneShotMerge(
             model,
             examples.server.images,
@@ -163,6 +154,7 @@ class _Session:
             connect_timeout=config.timeout,
             device=config.device,
             progress=progress,
+            others=federation_models.of_others(config, examples),
             min_train_nodes=config.clients,
         )
 
@@ -182,22 +174,24 @@ class _Session:
         server_round: int,
         updates: Sequence[Update],
         rejected: Sequence[str],
-        outcome: oneshot.Outcome,
+        outcome: Outcome,
     ) -> None:
         """Evaluate a merged model, and store it and its result."""
         method = method_name(self.config.align, self.config.merge)
-        result = results.measured(
+        lines = results.measured_with_steps(
             method=method,
             seed=self.config.seed,
             server_round=server_round,
             outcome=outcome,
-            model=self.strategy.problem.model,
+            problem=self.strategy.problem,
             evaluation=self.federation.evaluation.to(self.strategy.problem.data.images.device),
-            bytes_up=results.bytes_up(updates, method),
+            updates=updates,
             bytes_down=self.grid.bytes_sent - self.bytes_sent_before,
+            server_model=self.config.model,
             refused=rejected,
         )
         self.bytes_sent_before = self.grid.bytes_sent
-        self.run.save_model(self.config.seed, server_round, method, outcome.merged.states)
-        self.run.append(result)
+        for result, merged in lines:
+            self.run.save_model(self.config.seed, server_round, result["method"], merged.states, merged.models)
+            self.run.append(result)
         self.evaluations[server_round] = MetricRecord({name: result[name] for name in ("accuracy", "loss")})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -83,3 +84,26 @@ def convert(what: str, value: object, kind: type) -> Value:
             if exact == int(exact):
                 return int(exact)
     raise error
+
+
+def counted(what: str, text: str) -> list[tuple[str, int]]:
+    """Return the names and counts of NAME:COUNT,NAME:COUNT,…; a name may have colons itself.
+
+    Args:
+        what: the setting, for the message.
+        text: what came; spaces around a part do not matter.
+
+    Raises:
+        ConfigurationError: names the part that has no count from 1.
+
+    Example:
+        >>> counted("--models", "cnn:2, package.module:function:1")
+        [('cnn', 2), ('package.module:function', 1)]
+    """
+    found = []
+    for part in text.split(","):
+        name, _, count = part.strip().rpartition(":")
+        if not name or not re.fullmatch("0*[1-9][0-9]{0,8}", count, re.ASCII):
+            raise ConfigurationError(f"{what} must be NAME:COUNT,NAME:COUNT,… with counts from 1, got {part.strip()!r}")
+        found.append((name, int(count)))
+    return found

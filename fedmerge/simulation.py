@@ -94,6 +94,7 @@ def recall_from(run: Run, config: Config) -> Recall:
         place = config.seed, round_of(message), message.metadata.dst_node_id - flower.FIRST_NODE_ID
         if not run.has_update(*place):
             return None
-        return update_to_records(run.load_update(*place), upload_dtype=config.upload_dtype)
+        float16 = config.client_devices[place[2]].float16
+        return update_to_records(run.load_update(*place), upload_dtype="float16" if float16 else config.upload_dtype)
 
     return recall

@@ -14,47 +14,39 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from fedmerge import oneshot
+from fedmerge import mixed, oneshot
 from fedmerge.catalogue import parse_method
 from fedmerge.client import choose_device
-from fedmerge.errors import FedmergeError
+from fedmerge.goingon import GoingOn
+from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars
+from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
+from fedmerge.rounds import RoundFailed as RoundFailed
+from fedmerge.rounds import wait_for_nodes
 from fedmerge.seeds import derive, generator
+from fedmerge.state import StateDict
 from fedmerge.train import predict
 from fedmerge.wire import (
-    PARTITION_ID,
     SERVER_ROUND,
     MalformedUpdate,
     arrays_from_state,
-    average_metrics,
-    finite_scalars,
     state_from_arrays,
     update_from_records,
 )
 
 logger = logging.getLogger(__name__)
 
-OnRound = Callable[[int, Sequence[Update], Sequence[str], oneshot.Outcome], None]
+OnRound = Callable[[int, Sequence[Update], Sequence[str], Outcome], None]
 """Called after a merge with the round, the updates, why others were left out, and the outcome."""
-
-SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_BETWEEN_WARNINGS = 30.0
-
-
-class RoundFailed(FedmergeError, AggregationError):
-    """A round that has too few good updates, or whose result cannot be used; the text tells every reason."""
 
 
 class OneShotMerge(FedAvg):
@@ -77,6 +69,8 @@ class OneShotMerge(FedAvg):
             there, if they are `min_completed`.
         device: where the merge runs: "auto", "cpu", "cuda" or "cuda:N".
         progress: called on long work.
+        others: architectures that clients may have and the server has not, by the names that these clients declare; in
+            later rounds such clients get their family's merged model (`fedmerge.mixed`).
         fedavg: the arguments of FedAvg. `min_available_nodes` is by default `min_train_nodes`, and
             `fraction_evaluate` is 0.
 
@@ -103,6 +97,7 @@ class OneShotMerge(FedAvg):
         connect_timeout: float = 3600.0,
         device: str = "auto",
         progress: Progress = silent,
+        others: Mapping[str, nn.Module] | None = None,
         **fedavg: Any,
     ) -> None:
         fedavg = {"train_metrics_aggr_fn": average_metrics, "evaluate_metrics_aggr_fn": average_metrics, **fedavg}
@@ -119,11 +114,14 @@ class OneShotMerge(FedAvg):
             seed=seed,
             batch_size=batch_size,
             progress=progress,
+            others={name: copy.deepcopy(other).to(where).eval() for name, other in (others or {}).items()},
         )
         state = self.problem.model.state_dict()
         self.num_classes = predict(self.problem.model, state, self.problem.data.images[:1]).shape[1]
         parse_method(f"{align}+{merge}")  # what is wrong is told before clients train
         oneshot.check_needs(merge, labels=bool(self.problem.data.known.any()))
+        if self.problem.others:
+            mixed.check_mixed(align, merge)
         self.align, self.merge, self.screen, self.seed = align, merge, screen, seed
         self.min_completed = min_completed
         self.send_arrays_first_round = send_arrays_first_round
@@ -131,6 +129,8 @@ class OneShotMerge(FedAvg):
         self.ttl = ttl
         self.connect_timeout = connect_timeout
         self._asked: frozenset[int] = frozenset()
+        self._nodes: dict[int, int] = {}
+        self._going_on = GoingOn()
 
     def summary(self) -> None:
         """Log the strategy's settings."""
@@ -154,21 +154,26 @@ class OneShotMerge(FedAvg):
         """
         if self.fraction_train == 0:
             return []
-        node_ids = self._wait_for_nodes(grid)
+        node_ids = wait_for_nodes(
+            grid,
+            max(self.min_available_nodes, self.min_train_nodes),
+            least=self.min_completed,
+            timeout=self.connect_timeout,
+        )
         size = min(max(int(len(node_ids) * self.fraction_train), self.min_train_nodes), len(node_ids))
         order = torch.randperm(len(node_ids), generator=generator(self.seed, "sample", server_round))
         chosen = [node_ids[index] for index in order[:size].sort().values.tolist()]
-        content = RecordDict({self.configrecord_key: ConfigRecord({**config, SERVER_ROUND: server_round})})
+        told = {**config, SERVER_ROUND: server_round}
+        content = RecordDict({self.configrecord_key: ConfigRecord(told)})
         if server_round > 1 or self.send_arrays_first_round:
             content[self.arrayrecord_key] = arrays
             start = state_from_arrays(arrays, self.problem.model.state_dict())
             start = {name: tensor.to(self.problem.data.images.device) for name, tensor in start.items()}
             self.problem = self.problem.changed(start=start)
         self._asked = frozenset(chosen)
-        return [
-            Message(content=content, dst_node_id=node_id, message_type=MessageType.TRAIN, ttl=self.ttl)
-            for node_id in chosen
-        ]
+        of_others = self._going_on.contents(told, self.configrecord_key, self.arrayrecord_key)
+        contents = {self._nodes[client]: found for client, found in of_others.items()}
+        return [Message(contents.get(node_id, content), node_id, MessageType.TRAIN, ttl=self.ttl) for node_id in chosen]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -187,7 +192,7 @@ class OneShotMerge(FedAvg):
         """
         good, rejected = self._read(server_round, replies)
         updates = [update for update, _ in good]
-        outcome = oneshot.merge_updates(
+        outcome = mixed.merge_federation(
             self.problem,
             updates,
             align=self.align,
@@ -200,6 +205,13 @@ class OneShotMerge(FedAvg):
                 f"--merge {self.merge} gives an ensemble of {len(outcome.merged.states)} models, which cannot be sent "
                 "to the clients as one; choose another --merge, or evaluate ensembles with 'fedmerge compare'"
             )
+        if any(outcome.merged.models):
+            raise RoundFailed(
+                f"--merge {self.merge} gives a model of '{outcome.merged.models[0]}', which is not the server's "
+                "(--model) and cannot be sent to all clients; choose another --merge, or look at it with "
+                "'fedmerge compare'"
+            )
+        self._going_on = self._going_on.after(self.problem, updates, outcome)
         if self.on_round is not None:
             self.on_round(server_round, updates, rejected, outcome)
         metrics = self.train_metrics_aggr_fn([content for _, content in good], self.weighted_by_key)
@@ -228,7 +240,17 @@ class OneShotMerge(FedAvg):
             fallback_id=reply.metadata.src_node_id,
             num_classes=self.num_classes,
             weighted_by_key=self.weighted_by_key,
+            others={name: other.state_dict() for name, other in self.problem.others.items()},
+            start_of=self._start_of,
         )
+
+    def _start_of(self, model: str, partition_id: int) -> StateDict | None:
+        """Return what a client started from in this round, if it was not a secret of its own."""
+        if partition_id in self._going_on.starts:
+            return self._going_on.starts[partition_id][1]
+        if model:
+            return self.problem.others[model].state_dict() if self.send_arrays_first_round else None
+        return self.problem.start
 
     def _read(self, server_round: int, replies: Iterable[Message]) -> tuple[list[tuple[Update, RecordDict]], list[str]]:
         replies = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
@@ -254,6 +276,7 @@ class OneShotMerge(FedAvg):
                     PARTITION_ID,
                 )
             good[update.partition_id] = update, content
+            self._nodes[update.partition_id] = node_id
         for reason in rejected:
             logger.warning("round %d goes on without an update: %s", server_round, reason)
         if len(good) < self.min_completed:
@@ -263,31 +286,6 @@ class OneShotMerge(FedAvg):
                 f"(min_completed){':' if reasons else ''}{reasons}"
             )
         return [good[partition_id] for partition_id in sorted(good)], rejected
-
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
-        wanted = max(self.min_available_nodes, self.min_train_nodes)
-        began, warned = time.monotonic(), -math.inf
-        while len(node_ids := sorted(grid.get_node_ids())) < wanted:
-            waited = time.monotonic() - began
-            state = f"{len(node_ids)} of {wanted} nodes are connected"
-            if waited >= self.connect_timeout:
-                if len(node_ids) < max(self.min_completed, 1):
-                    raise RoundFailed(
-                        f"{state} after {waited:.0f} s, and {self.min_completed} are needed (min_completed)"
-                    )
-                logger.warning("%s after %.0f s: the round starts without the others", state, waited)
-                break
-            if waited - warned >= SECONDS_BETWEEN_WARNINGS:
-                warned = waited
-                logger.warning(
-                    "%s, waiting for the others for up to %.0f s; in a simulation, give Flower as many: "
-                    '--federation-config "num-supernodes=%d"',
-                    state,
-                    self.connect_timeout,
-                    wanted,
-                )
-            time.sleep(min(SECONDS_BETWEEN_LOOKS, self.connect_timeout - waited))
-        return node_ids
 
 
 def _name(content: RecordDict, node_id: int) -> str:

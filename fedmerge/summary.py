@@ -36,6 +36,8 @@ class Row:
         server_labels: whether it used their labels.
         models: members that answer together, 1 for a single model.
         class_accuracies: mean accuracy of each class over the finished seeds that evaluated images of it; None without.
+        architectures: the names of its models' architectures, where they are not all the server's.
+        note: what a reader must know of it, in a few words.
     """
 
     method: str
@@ -50,6 +52,8 @@ class Row:
     server_labels: bool = True
     models: int = 1
     class_accuracies: tuple[float | None, ...] = ()
+    architectures: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -141,6 +145,8 @@ def _row(method: str, cells: Mapping[int, Sequence[Result]], seeds: tuple[int, .
         server_labels=all(result["server_labels"] for result in final),
         models=max((result["models"] for result in final), default=1),
         class_accuracies=_mean_by_class(by_class) if None not in by_class else (),
+        architectures=tuple(dict.fromkeys(name for result in final for name in result.get("architectures", ()))),
+        note=final[0].get("note", "") if final else "",
     )
 
 
@@ -168,11 +174,11 @@ def paired_differences(rows: Sequence[Row], baseline: str = BASELINE) -> dict[st
 
 
 def best_single_model(rows: Sequence[Row]) -> Row | None:
-    """Return the row of highest mean accuracy that is no ensemble and finished every seed; the first of equals.
+    """Return the row of highest mean accuracy that finished every seed, and is one model of the server's architecture.
 
-    None if there is none, or a single row, which is no choice.
+    The first of equals; None if there is none, or a single row, which is no choice.
     """
-    single = [row for row in rows if row.models == 1 and row.complete]
+    single = [row for row in rows if row.models == 1 and row.complete and not row.architectures]
     return max(single, key=lambda row: row.mean or 0.0, default=None) if len(rows) > 1 else None
 
 

@@ -67,7 +67,7 @@ def symmetry(model: nn.Module, example: Tensor, *, rules: RuleTable | None = Non
 def _prove(model: nn.Module, example: Tensor, spaces: Sequence[Space]) -> None:
     """Raise unless random permutations of all spaces leave the outputs unchanged; the model's weights are changed."""
     generator = torch.Generator().manual_seed(0)
-    _make_generic(model, generator)
+    make_generic(model, generator)
     state = model.state_dict()
     inputs = torch.randn(example.shape, generator=generator, dtype=torch.float64)
     changes = [Permutation(torch.randperm(space.size, generator=generator)) for space in spaces]
@@ -91,8 +91,13 @@ def _outputs(found: object) -> list[Tensor]:
     return [tensor for item in values for tensor in _outputs(item)] if isinstance(values, Iterable) else []
 
 
-def _make_generic(model: nn.Module, generator: torch.Generator) -> None:
-    """Rid a model's weights of ties and zeros: a new norm's ones, or a head that starts empty, hide a wrong axis."""
+def make_generic(model: nn.Module, generator: torch.Generator) -> None:
+    """Rid a model's weights, in place, of ties and zeros: a new norm's ones, or an empty head, hide a wrong axis.
+
+    Args:
+        model: changed; its parameters must not require gradients where gradients are recorded.
+        generator: draws the weights' noise.
+    """
     weights = model.state_dict(keep_vars=True).values()
     for tensor in {id(tensor): tensor for tensor in weights}.values():  # one of two names is one
         if tensor.is_floating_point():

@@ -71,6 +71,10 @@ def remarks(row: Row, best: Row | None) -> list[str]:
         found.append("best single model")
     if row.models > 1:
         found.append(f"ensemble of {row.models} models")
+    elif any(row.architectures):
+        found.append(f"a model of {clean(', '.join(filter(None, row.architectures)))}")
+    if row.note:
+        found.append(clean(row.note))
     if row.server_examples and not row.server_labels:
         found.append("server's labels unused")
     if row.accuracies and not row.complete:

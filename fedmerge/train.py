@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge.errors import FedmergeError
-from fedmerge.problem import UNKNOWN, Combination, Examples
+from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
 from fedmerge.seeds import default_generator, fork
 from fedmerge.state import StateDict
 
@@ -65,7 +65,13 @@ class Evaluation:
 
 
 def fit(
-    model: nn.Module, state: StateDict, examples: Examples, recipe: LocalTraining, *, generator: torch.Generator
+    model: nn.Module,
+    state: StateDict,
+    examples: Examples,
+    recipe: LocalTraining,
+    *,
+    generator: torch.Generator,
+    moving: Collection[str] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Train a copy of `model` from `state` by mini-batch SGD on the cross-entropy.
 
@@ -75,6 +81,7 @@ def fit(
         examples: at least one, on the model's device.
         recipe: the hyper-parameters.
         generator: decides the order of the examples, and dropout.
+        moving: names of the tensors that are trained; the others stay, BatchNorm statistics included. None: all.
 
     Returns:
         The trained state dict (copies, on the model's device) and the mean loss over the last epoch.
@@ -87,9 +94,12 @@ def fit(
         raise ValueError("there are no examples to train on")
     model.load_state_dict(dict(state))
     model.train()
+    if moving is not None:
+        _freeze(model, moving)
     start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.proximal_mu else []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
+        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
     )
     steps = recipe.epochs * num_batches(len(examples), recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -112,6 +122,16 @@ def fit(
                 prox = f" or --proximal-mu (it is {recipe.proximal_mu})" if recipe.proximal_mu else ""
                 raise Diverged(f"the training loss became {mean_loss}; lower --lr (it is {recipe.lr}){prox}")
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
+
+
+def _freeze(model: nn.Module, moving: Collection[str]) -> None:
+    """Let nothing but the tensors of these names change in training."""
+    for name, module in model.named_modules():
+        own = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
+        if own and not any(tensor_name in moving for tensor_name, _ in own):
+            module.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in moving)
 
 
 @torch.no_grad()
@@ -181,24 +201,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-def log_probabilities(model: nn.Module, states: Sequence[StateDict], images: Tensor) -> Tensor:
+def log_probabilities(model: nn.Module | Sequence[nn.Module], states: Sequence[StateDict], images: Tensor) -> Tensor:
     """Return each model's log-probabilities of the classes, (models, images, classes) in float64.
 
     Args:
-        model: the architecture.
+        model: the architecture, or that of each model.
         states: the weights of each model, at least one.
         images: on the states' device.
     """
-    return torch.stack([predict(model, state, images).double().log_softmax(1) for state in states])
+    models = [model] * len(states) if isinstance(model, nn.Module) else model
+    found = [predict(model, state, images).double().log_softmax(1) for model, state in zip(models, states, strict=True)]
+    return torch.stack(found)
+
+
+def opinions(problem: Problem, updates: Sequence[Update], images: Tensor) -> Tensor:
+    """Return the log-probabilities (clients, images, classes) of the clients' models, whatever their architectures.
+
+    Args:
+        problem: has the architectures.
+        updates: at least one, on the images' device.
+        images: (images, …).
+    """
+    models = [problem.architecture(update.model) for update in updates]
+    return log_probabilities(models, [update.state for update in updates], images)
 
 
 def evaluate(
-    model: nn.Module, states: Sequence[StateDict], examples: Examples, combine: Combination | None = None
+    model: nn.Module | Sequence[nn.Module],
+    states: Sequence[StateDict],
+    examples: Examples,
+    combine: Combination | None = None,
 ) -> Evaluation:
     """Evaluate a model, or an ensemble.
 
     Args:
-        model: the architecture.
+        model: the architecture, or that of each member.
         states: one state dict, or the members'.
         examples: at least one, on the states' device; where they have targets, the loss is measured against these.
         combine: how the members' log-probabilities become one prediction; None: the mean of the probabilities.

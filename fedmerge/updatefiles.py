@@ -30,6 +30,8 @@ def update_to_bytes(update: Update) -> bytes:
         "label-counts": update.label_counts,
         "metrics": dict(update.metrics),
         "num-bytes": update.num_bytes,
+        **({"model": update.model} if update.model else {}),
+        **({"layers": update.layers} if update.layers else {}),
     }
     return serialize(update.state, {ENTRY: json.dumps(about)})
 
@@ -56,6 +58,8 @@ def read_update(path: Path) -> Update:
         label_counts=None if counts is None else tuple(counts),
         metrics=about.get("metrics", {}),
         num_bytes=about.get("num-bytes", 0),
+        model=about.get("model", ""),
+        layers=about.get("layers", 0),
     )
 
 
@@ -79,6 +83,8 @@ def described(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         "partition-id": ("a whole number from 0", _is_count),
         "num-examples": ("a whole number from 1", lambda value: _is_count(value) and value > 0),
         "num-bytes": ("a whole number from 0", _is_count),
+        "model": ("a name", lambda value: isinstance(value, str)),
+        "layers": ("a whole number from 0", _is_count),
         "label-counts": (
             "whole numbers from 0, or null",
             lambda value: value is None or (isinstance(value, list) and all(map(_is_count, value))),

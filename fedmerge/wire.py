@@ -1,39 +1,47 @@
 """Updates as Flower records, and back: the boundary at which nothing that arrives is trusted.
 
 A reply holds one ArrayRecord (the state dict), one more for each statistic that was asked for, and one MetricRecord:
-`num-examples`, and from our own clients also `partition-id`, `label-counts`, `loss`, `accuracy` and `seconds`. What
-does not fit raises `MalformedUpdate` before memory is spent on it: the sizes that headers tell are compared with the
-model's before an array is read.
+`num-examples`, and from our own clients also `partition-id`, `label-counts`, `loss`, `accuracy` and `seconds`. A client
+whose architecture is not the server's declares it by name in a ConfigRecord; the federation knows those names, and
+nothing is built by what arrives. One that sends its last layers alone announces how many; the others are those that it
+started from. What does not fit raises `MalformedUpdate` before memory is spent on it: the sizes
+that headers tell are compared with the model's before an array is read.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import sys
-from collections.abc import Mapping
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedmerge.catalogue import STATISTICS
+from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, is_finite
+from fedmerge.partial import last_layers, num_layers
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, check_state, conform, num_bytes
 from fedmerge.statistics import expected_shape
 
 T = TypeVar("T")
 
+StartOf = Callable[[str, int], StateDict | None]
+"""Gives the weights that a client started from, by the name of its architecture and its partition id, if known."""
+
 ARRAYS = "arrays"
 METRICS = "metrics"
 CONFIG = "config"
 NUM_EXAMPLES = "num-examples"
-PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
-LABEL_COUNTS = "label-counts"
 SERVER_ROUND = "server-round"
+MODEL = "model"
+"""In a reply, the name of the client's architecture; in a message, of the one that the weights are of."""
+LAYERS = "layers"
+"""In a reply, how many of the model's last layers it holds, if not all."""
 PROXIMAL_MU = "proximal-mu"
 """Where Flower's FedProx tells clients its μ."""
 MOST_CLIENTS = 2**64  # as there are node ids
@@ -116,7 +124,17 @@ def update_to_records(update: Update, *, upload_dtype: str) -> RecordDict:
             metrics[name] = float(update.metrics[name])
     if update.label_counts is not None:
         metrics[LABEL_COUNTS] = list(update.label_counts)
-    content = RecordDict({ARRAYS: arrays_from_state(update.state, getattr(torch, upload_dtype)), METRICS: metrics})
+    sent = update.state
+    if update.layers:
+        sent = {name: update.state[name] for name in last_layers(update.state, update.layers)}
+    content = RecordDict({ARRAYS: arrays_from_state(sent, getattr(torch, upload_dtype)), METRICS: metrics})
+    told = ConfigRecord()
+    if update.model:
+        told[MODEL] = update.model
+    if update.layers:
+        told[LAYERS] = update.layers
+    if told:
+        content[CONFIG] = told
     for kind, tensors in update.statistics.items():
         content[kind] = arrays_from_state(tensors)
     return content
@@ -129,26 +147,45 @@ def update_from_records(
     fallback_id: int,
     num_classes: int | None = None,
     weighted_by_key: str = NUM_EXAMPLES,
+    others: Mapping[str, StateDict] | None = None,
+    start_of: StartOf | None = None,
 ) -> Update:
     """Check a reply's content and return it as an update.
 
     Args:
         content: of the reply.
-        expected: the state dict of the architecture.
+        expected: the state dict of the server's architecture.
         fallback_id: the partition id of a client that does not tell it.
         num_classes: length that label counts must have; None: any.
         weighted_by_key: the metric that is the number of examples.
+        others: the state dicts of the architectures that clients may declare, by name.
+        start_of: gives what a client started from that sends its last layers alone; None: no client may.
 
     Raises:
         MalformedUpdate: if anything in it cannot be used.
     """
+    model = _declared(content, others or {})
+    if model:
+        expected = (others or {})[model]
     records = content.array_records
     arrays = _only("ArrayRecord", {name: record for name, record in records.items() if name not in STATISTICS})
     metrics = _only("MetricRecord", content.metric_records)
-    state, size = _state_and_size(arrays, expected)
     partition_id = metrics.get(PARTITION_ID, fallback_id)
     if not isinstance(partition_id, int) or not 0 <= partition_id < MOST_CLIENTS:
         raise MalformedUpdate(f"{PARTITION_ID} is {partition_id!r}, expected a whole number from 0")
+    layers = _announced(content, expected)
+    if layers:
+        start = None if start_of is None else start_of(model, partition_id)
+        if start is None:
+            raise MalformedUpdate(
+                f"it holds the last {layers} layers alone, and the server does not know what the others started from: "
+                "use --init shared"
+            )
+        part = {name: expected[name] for name in last_layers(expected, layers)}
+        state, size = _state_and_size(arrays, part)
+        state = {name: state[name] if name in state else start[name].cpu().clone() for name in expected}
+    else:
+        state, size = _state_and_size(arrays, expected)
     num_examples = _num_examples(metrics, weighted_by_key)
     return Update(
         state=state,
@@ -158,48 +195,26 @@ def update_from_records(
         metrics={name: _finite(name, metrics[name]) for name in REPORTED if name in metrics},
         num_bytes=size,
         statistics={kind: _statistic(kind, records[kind], expected) for kind in STATISTICS if kind in records},
+        model=model,
+        layers=layers,
     )
 
 
-def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Return the weighted means of the clients' scalar metrics, each over the clients that report a finite number.
-
-    Args:
-        contents: of the replies.
-        weighted_by_key: the metric that is the weight.
-    """
-    records = [record for content in contents for record in content.metric_records.values()]
-    means = MetricRecord()
-    for name in sorted({name for record in records for name in record} - {weighted_by_key, PARTITION_ID, LABEL_COUNTS}):
-        pairs = [
-            (float(value), float(weight))
-            for record in records
-            if _is_finite(value := record.get(name))
-            if _is_finite(weight := record.get(weighted_by_key)) and weight > 0
-        ]
-        if pairs:
-            means[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
-    return means
+def _declared(content: RecordDict, others: Mapping[str, StateDict]) -> str:
+    """Return the name of the client's architecture; empty for the server's, which is not declared."""
+    told = content.config_records.get(CONFIG, ConfigRecord()).get(MODEL, "")
+    if isinstance(told, str) and (not told or told in others):
+        return told
+    names = ", ".join(map(repr, others)) or "no other than the server's"
+    raise MalformedUpdate(f"{MODEL} is {told!r:.60}, expected one that the federation has (--models): {names}")
 
 
-def finite_scalars(diagnostics: Mapping[str, object], prefix: str = "") -> dict[str, int | float]:
-    """Return what a MetricRecord can hold of diagnostics: finite numbers, nested names joined by dashes.
-
-    Args:
-        diagnostics: in JSON's types.
-        prefix: before each name.
-
-    Example:
-        >>> finite_scalars({"merge": {"steps": 3, "name": "np"}, "seconds": 0.5})
-        {'merge-steps': 3, 'seconds': 0.5}
-    """
-    found: dict[str, int | float] = {}
-    for name, value in diagnostics.items():
-        if isinstance(value, Mapping):
-            found |= finite_scalars(value, f"{prefix}{name}-")
-        elif _is_finite(value) and not isinstance(value, bool):
-            found[prefix + name] = value
-    return found
+def _announced(content: RecordDict, expected: StateDict) -> int:
+    """Return how many of its last layers a reply holds; 0 for all, which is not announced."""
+    told, most = content.config_records.get(CONFIG, ConfigRecord()).get(LAYERS, 0), num_layers(expected)
+    if type(told) is int and 0 <= told <= most:
+        return told
+    raise MalformedUpdate(f"{LAYERS} is {told!r:.60}, expected a whole number up to {most}, as many as the model has")
 
 
 def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str, Tensor], int]:
@@ -275,7 +290,7 @@ def _only(kind: str, records: Mapping[str, T]) -> T:
 
 def _num_examples(metrics: MetricRecord, key: str) -> int:
     value = metrics.get(key)
-    if _is_finite(value) and 1 <= value <= MOST_EXAMPLES and value == int(value):
+    if is_finite(value) and 1 <= value <= MOST_EXAMPLES and value == int(value):
         return int(value)
     raise MalformedUpdate(f"{key} is {value!r}, expected a whole number from 1 to {MOST_EXAMPLES}")
 
@@ -296,11 +311,6 @@ def _label_counts(metrics: MetricRecord, num_classes: int | None, num_examples: 
 
 
 def _finite(name: str, value: object) -> float:
-    if _is_finite(value):
+    if is_finite(value):
         return float(value)
     raise MalformedUpdate(f"metric '{name}' is {value!r}, expected a finite number")
-
-
-def _is_finite(value: object) -> TypeGuard[int | float]:
-    """Return whether a value is a number that a float can hold, whole numbers of any size included."""
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

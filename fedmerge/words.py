@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedmerge.catalogue import METHODS
+from fedmerge.catalogue import METHODS, MIXED_METHODS
 from fedmerge.config import Config
 from fedmerge.summary import BASELINE, Difference, Row, best_single_model, paired_differences
 from fedmerge.tables import clean, percent, signed
@@ -24,7 +25,7 @@ def repeat_command(settings: Mapping[str, Any]) -> str:
     """
     options: dict[str, Any] = dict(Config.from_mapping(settings["config"]).to_mapping(changed_only=True))
     lists = {name: settings[name] for name in ("methods", "seeds") if settings.get(name)}
-    if lists.get("methods") == list(METHODS):
+    if lists.get("methods") == list(MIXED_METHODS if options.get("models") else METHODS):
         del lists["methods"]
     words = ["fedmerge", settings["command"]]
     for name, value in {**options, **lists}.items():
@@ -55,17 +56,18 @@ def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] 
     over = f"with seed {seeds[0]}" if len(seeds) == 1 else f"over {len(seeds)} seeds"
     judged = f"{config.split} images of {config.data}"
     if partition is None:
-        return clean(f"Models of {config.model}. The server owns {images}. Accuracies are on {judged}, {over}.")
+        return clean(f"Models of {_models(config)}. The server owns {images}. Accuracies are on {judged}, {over}.")
     counts = partition["label_counts"]
     how = f"{config.partition} (alpha {config.alpha:g})" if "dirichlet" in config.partition else config.partition
     low, high = config.epochs_range
     epochs = f"{low if low == high else f'{low} to {high}'} {_plural('epoch', high)}"
     start = {"independent": "independent initialisations", "shared": "one shared initialisation"}[config.init]
+    weak = f" The first clients' devices are weak: {config.devices}." if config.devices else ""
     return clean(
         f"{len(counts)} {_plural('client', len(counts))} hold {sum(map(sum, counts)):,} training images of "
-        f"{len(partition['classes'])} classes, divided by {how}, and train {config.model} for {epochs} from {start}. "
-        f"The server owns {images} that no client has. Accuracies are on {len(partition['evaluation']):,} {judged} "
-        f"that neither has seen, {over}."
+        f"{len(partition['classes'])} classes, divided by {how}, and train {_models(config)} for {epochs} from "
+        f"{start}.{weak} The server owns {images} that no client has. Accuracies are on "
+        f"{len(partition['evaluation']):,} {judged} that neither has seen, {over}."
     )
 
 
@@ -113,6 +115,14 @@ def _interval(difference: Difference) -> str:
         return f"{signed(difference.mean)} points (one seed: no interval)"
     low, high = (signed(difference.mean + sign * difference.half_width) for sign in (-1, 1))
     return f"{signed(difference.mean)} points (95 % interval {low} to {high}, {difference.seeds} seeds)"
+
+
+def _models(config: Config) -> str:
+    """Return the clients' models, and how many have each where they differ."""
+    if not config.models:
+        return config.model
+    numbers = Counter(config.client_models)
+    return f"{', '.join(f'{name} ({number})' for name, number in numbers.items())}; the server's is {config.model}"
 
 
 def _images(number: int, labelled: int) -> str:

@@ -75,7 +75,7 @@ def test_list_names_what_there_is() -> None:
     ("words", "message"),
     [
         (("--data", "fashon-mnist"), "unknown data set 'fashon-mnist'; did you mean 'fashion-mnist'?"),
-        (("--model", "resnet21"), "unknown model 'resnet21'; did you mean 'resnet20'?"),
+        (("--model", "lenet"), "unknown model 'lenet'; did you mean 'lenet5'?"),
         (("--partition", "dirichlett"), "unknown partition 'dirichlett'; did you mean 'dirichlet'?"),
         (("--methods", "meen"), "unknown merger 'meen'; did you mean 'mean'?"),
         (("--methods", "activation+np"), "unknown aligner 'activation'"),

@@ -10,10 +10,11 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedmerge import federation, models
-from fedmerge.client import choose_device, client_app, evaluate_client, num_threads, partition_of, train_client
+from fedmerge.client import choose_device, client_app, evaluate_client, num_threads, train_client
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_CRASHED, CLIENT_FAILED, identity, node_context
+from fedmerge.nodes import partition_of
 from fedmerge.problem import Update
 from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
@@ -126,7 +127,7 @@ def test_clients_start_from_what_the_server_sent_if_initialisations_are_shared_o
 def test_epochs_are_drawn_for_each_client_and_round_within_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def fit(*arguments: Any, generator: torch.Generator) -> tuple[dict[str, Tensor], float]:  # noqa: ARG001
+    def fit(*arguments: Any, **_: Any) -> tuple[dict[str, Tensor], float]:
         _, state, _, recipe = arguments
         drawn.append(recipe.epochs)
         return dict(state), 0.0

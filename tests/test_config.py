@@ -31,6 +31,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "clients": st.integers(100, 10**6),
     "min_completed": st.integers(1, 100),
     "momentum": st.floats(0, 1, exclude_max=True),
+    "models": st.just(""),
+    "devices": st.sampled_from(["", "epochs=1:2,float16:3", "epochs=2+float16:100"]),
     "seed": st.integers(),
     "server_labels": st.integers(-1, 1),
 }

@@ -16,6 +16,7 @@ from fedmerge.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+ARCHITECTURES = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0] for line in README.splitlines() if line.startswith("fedmerge ")]
 
 
@@ -30,6 +31,17 @@ def test_the_tables_of_methods_are_the_experiments(name: str) -> None:
     expected = json.loads((ROOT / "experiments" / "expected" / f"{name}.json").read_text(encoding="utf-8"))
     assert "\n".join(expected["table"]) in METHODS
     assert f"experiments/{name}.py" in METHODS
+
+
+def test_the_tables_of_architectures_and_devices_are_the_experiments() -> None:
+    folder = ROOT / "experiments" / "expected"
+    architectures = json.loads((folder / "architectures.json").read_text(encoding="utf-8"))
+    for name, command in architectures["commands"].items():
+        assert command in ARCHITECTURES
+        assert "\n".join(architectures["tables"][name]) in ARCHITECTURES
+    devices = json.loads((folder / "devices.json").read_text(encoding="utf-8"))
+    assert "\n".join(devices["table"]) in ARCHITECTURES
+    assert all(f"experiments/{name}.py" in ARCHITECTURES for name in ("architectures", "devices"))
 
 
 def test_every_merger_is_measured_or_needs_other_clients() -> None:
@@ -56,7 +68,7 @@ def test_the_readmes_commands_have_flags_and_methods_that_exist(line: str) -> No
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedmerge.align.comparison import target
+from fedmerge.architectures import ResidualBlock
 from fedmerge.basis import Linear, rebase
 from fedmerge.calibrate import calibrate
 from fedmerge.features import moments
 from fedmerge.folding import Folding, Target, fold, restore
 from fedmerge.merge.average import mean_state
-from fedmerge.models import ResidualBlock, create
+from fedmerge.models import create
 from fedmerge.symmetry import symmetry
 
 SHAPE = (2, 8, 8)

@@ -52,11 +52,23 @@ LAYERS: dict[str, frozenset[str]] = {
             "statistics",
             "folding",
             "problem",
+            "examples",
+            "conforming",
             "screening",
             "updatefiles",
             "train",
             "calibrate",
             "oneshot",
+            "outcomes",
+            "families",
+            "distillation",
+            "mixed",
+            "partial",
+            "adapt",
+            "adapt.depths",
+            "adapt.families",
+            "adapt.joining",
+            "adapt.widths",
             "align",
             "align.activations",
             "align.auto",
@@ -102,12 +114,17 @@ LAYERS: dict[str, frozenset[str]] = {
     "plumbing": frozenset(
         [
             "config",
+            "devices",
             "data",
             "datafiles",
             "partition",
             "federation",
+            "architectures",
             "models",
             "wire",
+            "metrics",
+            "nodes",
+            "rounds",
             "flower",
             "flower_strategies",
             "client",
@@ -124,7 +141,10 @@ LAYERS: dict[str, frozenset[str]] = {
             "sitedata",
             "sitecheck",
             "results",
+            "checkpoints",
             "compare",
+            "federation_models",
+            "goingon",
             "summary",
             "tables",
             "words",
@@ -136,16 +156,19 @@ LAYERS: dict[str, frozenset[str]] = {
 }
 ORDER = list(LAYERS)
 
-LIGHT = ("catalogue", "config", "errors", "names", "settings")
+LIGHT = ("catalogue", "config", "devices", "errors", "names", "settings")
 
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {
     "flwr": {
         "wire",
+        "metrics",
+        "rounds",
         "flower",
         "flower_strategies",
         "client",
         "strategy",
+        "goingon",
         "server",
         "recording",
         "raygrid",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedmerge.data import load
 from fedmerge.models import BUILDERS, Shape, create
 from fedmerge.names import MODELS
 from fedmerge.settings import ConfigurationError
+from fedmerge.train import LocalTraining, evaluate, fit
 
 GREY, COLOUR, TINY = (1, 28, 28), (3, 32, 32), (1, 8, 8)
 
@@ -66,6 +68,10 @@ def test_every_model_gives_logits_of_small_images(name: str, shape: Shape) -> No
         ("vgg16", COLOUR, 14_714_688 + 5_130),
         ("vgg16-bn", COLOUR, 14_714_688 + 4_224 + 5_130),
         ("resnet20", COLOUR, 269_722 + 2_752),  # He et al.'s, and two projected shortcuts with BatchNorm
+        ("resnet32", COLOUR, 464_154 + 2_752),
+        ("resnet44", COLOUR, 658_586 + 2_752),
+        ("resnet56", COLOUR, 853_018 + 2_752),
+        ("vit", GREY, (16 + 1 + 49) * 64 + 4 * (8 * 64**2 + 11 * 64) + 2 * 64 + (64 + 1) * 10),
     ],
 )
 def test_models_have_the_known_numbers_of_parameters(name: str, shape: Shape, expected: int) -> None:
@@ -232,7 +238,8 @@ def test_a_width_that_is_no_scale_is_refused(width: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("resnet2", "resnet20"), ("resnt18", "resnet18"), ("vgg-11-bn", "vgg11-bn"), ("lenet", "lenet5")]
+    ("name", "near"),
+    [("resnet-20", "resnet20"), ("resnt18", "resnet18"), ("vgg-11-bn", "vgg11-bn"), ("lenet", "lenet5")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(
@@ -251,6 +258,22 @@ def test_images_that_are_too_small_are_refused_with_their_size(name: str, shape:
     size = "×".join(map(str, shape))
     with pytest.raises(ConfigurationError, match=rf"^--model {name} cannot (be built for|take) {size} images: "):
         create(name, shape=shape, num_classes=5, seed=0)
+
+
+def test_the_transformer_learns_from_few_images() -> None:
+    digits = load("digits").train
+    model = create("vit@0.5", shape=TINY, num_classes=10, seed=0)
+    state, _ = fit(
+        model, model.state_dict(), digits[:600], LocalTraining(epochs=5), generator=torch.Generator().manual_seed(0)
+    )
+    assert evaluate(model, [state], digits[600:]).accuracy > 0.6
+
+
+def test_the_transformer_sees_where_its_patches_are() -> None:
+    model = create("vit@0.25", shape=TINY, num_classes=3, seed=0)
+    images = torch.randn(2, *TINY, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.allclose(model(images), model(images.roll(2, 3)), atol=1e-3)
 
 
 def test_a_residual_block_without_weights_is_the_rectified_shortcut() -> None:

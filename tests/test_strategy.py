@@ -275,7 +275,7 @@ def test_a_share_of_the_nodes_is_chosen_by_the_seed() -> None:
 def test_clients_are_not_waited_for_without_an_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fedmerge.strategy.SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr("fedmerge.rounds.SECONDS_BETWEEN_LOOKS", 0.01)
     with caplog.at_level(logging.WARNING, "fedmerge.strategy"):
         run(strategy(min_train_nodes=5, connect_timeout=0.05), grid())
     assert "3 of 5 nodes are connected, waiting for the others" in caplog.text

@@ -274,8 +274,8 @@ def test_a_method_without_labels_shares_no_alignment_with_one_that_has_them() ->
         labels = (bench.problem.data.labels * (1 + 2 * shift) + shift) % 10
         bench.problem = with_labels(bench.problem, labels)
         bench.answer("activations+np:lrs=0.01:steps=20")  # its reference is chosen by the labels
-        found.append(bench.answer("activations+np-distill:lrs=0.01:steps=20"))
-    (first, states), (second, others) = found
+        found += bench.answer("activations+np-distill:lrs=0.01:steps=20")
+    (first, states, _), (second, others, _) = found
     assert first["status"] == "ok"
     assert all(map(same, map(dict, states), map(dict, others)))
     assert first["diagnostics"] == second["diagnostics"]

@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmerge.metrics import average_metrics, finite_scalars
 from fedmerge.problem import Update
 from fedmerge.state import num_bytes
 from fedmerge.wire import (
     MalformedUpdate,
     arrays_from_state,
-    average_metrics,
-    finite_scalars,
     num_array_bytes,
     state_from_arrays,
     update_from_records,

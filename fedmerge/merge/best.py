@@ -13,7 +13,9 @@ from fedmerge.train import evaluate
 
 @dataclass(frozen=True)
 class BestClient:
-    """Keep the client with the lowest loss on the server's data."""
+    """Keep the client with the lowest loss on the server's data, whatever its architecture."""
+
+    takes_architectures = True
 
     def __call__(
         self,
@@ -28,7 +30,8 @@ class BestClient:
         diagnostics = {"client": updates[chosen].partition_id, "validation-losses": losses}
         judged = len(problem.validation) if losses else 0
         by_labels = bool(losses) and not problem.blind
-        return Merged((state,), server_examples=judged, server_labels=by_labels, diagnostics=diagnostics)
+        model = updates[chosen].model
+        return Merged((state,), judged, by_labels, diagnostics=diagnostics, models=(model,) if model else ())
 
 
 def best_client(problem: Problem, updates: Sequence[Update]) -> tuple[int, list[float]]:
@@ -43,5 +46,7 @@ def best_client(problem: Problem, updates: Sequence[Update]) -> tuple[int, list[
     """
     if not problem.may_choose:
         return max(range(len(updates)), key=lambda index: updates[index].num_examples), []
-    losses = [evaluate(problem.model, [update.state], problem.validation).loss for update in updates]
+    losses = [
+        evaluate(problem.architecture(update.model), [update.state], problem.validation).loss for update in updates
+    ]
     return min(range(len(updates)), key=lambda index: losses[index]), losses

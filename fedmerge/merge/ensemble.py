@@ -28,6 +28,7 @@ class Ensemble:
 
     rule: str = "mean"
     smoothing: float = SMOOTHING
+    takes_architectures = True
 
     def __post_init__(self) -> None:
         if self.rule not in TEACHERS:
@@ -48,8 +49,9 @@ class Ensemble:
     ) -> Merged:
         """Return all members."""
         states = tuple({name: tensor.clone() for name, tensor in update.state.items()} for update in updates)
+        models = tuple(update.model for update in updates) if any(update.model for update in updates) else ()
         if self.rule == "mean":
-            return Merged(states)
+            return Merged(states, models=models)
         pool = pool_of(self.rule, problem, updates, self.smoothing)
         return Merged(
             states,
@@ -57,4 +59,5 @@ class Ensemble:
             server_labels=pool.server_labels,
             diagnostics=pool.diagnostics,
             combine=pool.combine,
+            models=models,
         )

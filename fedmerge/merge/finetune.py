@@ -17,6 +17,7 @@ from fedmerge.merge.learning import learn
 from fedmerge.merge.objective import Objective
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.seeds import default_generator, fork
+from fedmerge.settings import ConfigurationError
 
 STARTS = ("mean", "best", "fresh")
 LAYERS = ("all", "head")
@@ -50,6 +51,11 @@ class FineTune(Objective):
         """Whether no single client's model is looked at."""
         return self.start in ("mean", "fresh")
 
+    @property
+    def takes_architectures(self) -> bool:
+        """Whether clients' models of other architectures than the server's are of use as they are: as teachers."""
+        return self.start in ("best", "fresh")
+
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Fine-tune from the start."""
         problem = self.teach(problem, updates)
@@ -66,8 +72,10 @@ class FineTune(Objective):
         if self.start == "mean":
             return mean_state([update.state for update in updates])
         if self.start == "best":
-            chosen, _ = best_client(problem, updates)
-            return dict(updates[chosen].state)
+            fitting = [update for update in updates if not update.model]
+            if not fitting:
+                raise ConfigurationError("no client has the server's model (--model): none can be fine-tuned")
+            return dict(fitting[best_client(problem, fitting)[0]].state)
         return fresh_state(problem, fork(generator))
 
 

@@ -25,7 +25,7 @@ from fedmerge.merge.pool import needs_of, pool_of
 from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
 from fedmerge.settings import ConfigurationError
-from fedmerge.train import log_probabilities
+from fedmerge.train import opinions
 
 TARGETS = ("labels", "soft", "sharpened", "hard", "mixed", "completed")
 
@@ -120,7 +120,7 @@ class Objective:
             return problem
         semi = self.targets in ("mixed", "completed") and bool(known.any())
         pool = pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
-        found = pool.combine(log_probabilities(problem.model, [update.state for update in updates], data.images))
+        found = pool.combine(opinions(problem, updates, data.images))
         classes = found.argmax(1)
         taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
         if self.targets in ("hard", "completed") and not semi:

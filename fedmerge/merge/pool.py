@@ -13,7 +13,7 @@ from fedmerge.merge.stacking import Stacker, bare, stack
 from fedmerge.merge.teacher import PROPAGATED, STACKED, Teacher, teacher_of
 from fedmerge.problem import LABEL_COUNTS, LABELS, Combination, Problem, Update
 from fedmerge.settings import ConfigurationError
-from fedmerge.train import LEAST_LOG_PROBABILITY, log_probabilities
+from fedmerge.train import LEAST_LOG_PROBABILITY, opinions
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 """Penalties to choose from, for log-probabilities in nats and losses summed over the images."""
@@ -62,7 +62,7 @@ def pool_of(
     prior = teacher_of("counts-geometric" if counted else "mean", updates, smoothing)
     part = problem if rule == PROPAGATED else problem.restricted(problem.labelled)
     data = part.data
-    said = log_probabilities(part.model, [update.state for update in updates], data.images).cpu()
+    said = opinions(part, updates, data.images).cpu()
     if rule == STACKED:
         return _chosen(part, prior, said)
     uses_labels = use_labels and bool(data.known.any())

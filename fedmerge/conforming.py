@@ -1,0 +1,42 @@
+"""Updates checked, ordered and brought to where they are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedmerge.problem import Problem, Update
+from fedmerge.state import conform
+
+
+def conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
+    """Return the updates by partition id, their states checked, in the models' dtypes and where the problem is.
+
+    Args:
+        problem: the server's side.
+        updates: at least one, in any order.
+
+    Raises:
+        ValueError: if there is none, or two are of one client.
+    """
+    ids = sorted(update.partition_id for update in updates)
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"expected updates of different clients, at least one, got partition ids {ids}")
+    device = problem.data.images.device
+    ordered = sorted(updates, key=lambda update: update.partition_id)
+    expected = {name: problem.architecture(name).state_dict() for name in {update.model for update in ordered}}
+    states = [
+        {name: tensor.to(device) for name, tensor in conform(update.state, expected[update.model]).items()}
+        for update in ordered
+    ]
+    statistics = [
+        {
+            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
+            for kind, tensors in update.statistics.items()
+        }
+        for update in ordered
+    ]
+    return [
+        replace(update, state=state, statistics=told)
+        for update, state, told in zip(ordered, states, statistics, strict=True)
+    ]

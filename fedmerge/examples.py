@@ -1,0 +1,68 @@
+"""Images in memory, and what is known of their classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNKNOWN = -1
+"""The label of an example whose class is not known."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images and what is known of their classes, in memory.
+
+    Attributes:
+        images: (examples, …) floating point, normalised.
+        labels: (examples,) int64 class indices; -1 where the class is not known.
+        targets: (examples, classes) probabilities that losses are measured against; None: the labels are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or len(self.images) != len(self.labels):
+            raise ValueError(
+                f"expected one label for each image, got images {tuple(self.images.shape)} "
+                f"and labels {tuple(self.labels.shape)}"
+            )
+        if self.targets is not None and (self.targets.ndim != 2 or len(self.targets) != len(self.labels)):
+            raise ValueError(
+                f"expected targets of shape ({len(self.labels)}, classes), got {tuple(self.targets.shape)}"
+            )
+
+    @classmethod
+    def unlabelled(cls, images: Tensor) -> Examples:
+        """Return images of which no class is known.
+
+        Args:
+            images: (examples, …) floating point, normalised.
+        """
+        return cls(images, torch.full((len(images),), UNKNOWN, device=images.device))
+
+    @property
+    def known(self) -> Tensor:
+        """Which examples' classes are known, (examples,) bool."""
+        return self.labels != UNKNOWN
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every example's class is known."""
+        return bool(self.known.all())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Examples:
+        return Examples(self.images[index], self.labels[index], None if self.targets is None else self.targets[index])
+
+    def to(self, device: torch.device | str) -> Examples:
+        """Return the examples on `device`."""
+        return Examples(
+            self.images.to(device), self.labels.to(device), None if self.targets is None else self.targets.to(device)
+        )

@@ -1,0 +1,58 @@
+"""Numbers that replies and merges tell: their means over clients, and what of them Flower's records can hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TypeGuard
+
+from flwr.app import MetricRecord, RecordDict
+
+PARTITION_ID = "partition-id"
+LABEL_COUNTS = "label-counts"
+
+
+def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the weighted means of the clients' scalar metrics, each over the clients that report a finite number.
+
+    Args:
+        contents: of the replies.
+        weighted_by_key: the metric that is the weight.
+    """
+    records = [record for content in contents for record in content.metric_records.values()]
+    means = MetricRecord()
+    for name in sorted({name for record in records for name in record} - {weighted_by_key, PARTITION_ID, LABEL_COUNTS}):
+        pairs = [
+            (float(value), float(weight))
+            for record in records
+            if is_finite(value := record.get(name))
+            if is_finite(weight := record.get(weighted_by_key)) and weight > 0
+        ]
+        if pairs:
+            means[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    return means
+
+
+def finite_scalars(diagnostics: Mapping[str, object], prefix: str = "") -> dict[str, int | float]:
+    """Return what a MetricRecord can hold of diagnostics: finite numbers, nested names joined by dashes.
+
+    Args:
+        diagnostics: in JSON's types.
+        prefix: before each name.
+
+    Example:
+        >>> finite_scalars({"merge": {"steps": 3, "name": "np"}, "seconds": 0.5})
+        {'merge-steps': 3, 'seconds': 0.5}
+    """
+    found: dict[str, int | float] = {}
+    for name, value in diagnostics.items():
+        if isinstance(value, Mapping):
+            found |= finite_scalars(value, f"{prefix}{name}-")
+        elif is_finite(value) and not isinstance(value, bool):
+            found[prefix + name] = value
+    return found
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number that a float can hold, whole numbers of any size included."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
