@@ -31,6 +31,7 @@ class RecordingGrid(Grid):
         grid: the grid that reaches the clients.
         arrived: called with a training message and its reply, once for each.
         recall: asked first; what it knows is not sent.
+        nodes: given the connected nodes, returns those that a round may ask; None: the connected.
         progress: told how many clients have answered.
         pause: seconds between looks for new replies.
     """
@@ -41,10 +42,12 @@ class RecordingGrid(Grid):
         *,
         arrived: Callable[[Message, Message], None],
         recall: Recall | None = None,
+        nodes: Callable[[Iterable[int]], Iterable[int]] | None = None,
         progress: Progress = silent,
         pause: float = 0.1,
     ) -> None:
         self._grid = grid
+        self._nodes = nodes
         self._arrived = arrived
         self._recall = recall
         self._progress = progress
@@ -67,8 +70,9 @@ class RecordingGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the wrapped grid's nodes."""
-        return self._grid.get_node_ids()
+        """Return the nodes that a round may ask."""
+        connected = self._grid.get_node_ids()
+        return connected if self._nodes is None else self._nodes(connected)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return what the wrapped grid knows of its nodes."""
@@ -119,7 +123,11 @@ class RecordingGrid(Grid):
             logger.warning("Flower could not send %d of %d messages", len(messages) - len(waiting), len(messages))
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
-                yield waiting.pop(reply.metadata.reply_to_message_id), reply
+                message = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if message is None:  # a second reply, or one to a message of another round
+                    logger.warning("node %d sent a reply that nothing waits for: left out", reply.metadata.src_node_id)
+                    continue
+                yield message, reply
             if waiting and time.monotonic() >= end:
                 nodes = ", ".join(str(message.metadata.dst_node_id) for message in waiting.values())
                 logger.warning("no answer within %.0f s from the nodes %s", timeout, nodes)

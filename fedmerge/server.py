@@ -23,6 +23,7 @@ from fedmerge.federation import Federation
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of
+from fedmerge.resuming import Answers
 from fedmerge.runs import Run
 from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
@@ -43,6 +44,7 @@ def serve(
     *,
     load: Load = federation.load,
     recall: Recall | None = None,
+    answers: Answers | None = None,
     progress: Progress = silent,
     pause: float = 0.1,
 ) -> Result:
@@ -54,6 +56,7 @@ def serve(
         run: the run folder, which gets the partition, each update as it arrives, the merged models and the results.
         load: makes the federation of the configuration.
         recall: gives replies that are known already (resuming a run); merges are computed again, to the same bits.
+        answers: instead, for nodes whose ids are not known beforehand: keeps who answers, and gives what they answered.
         progress: called on long work.
         pause: seconds between looks for new replies.
 
@@ -62,7 +65,7 @@ def serve(
     """
     oneshot.check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
     with num_threads(config.threads):
-        session = _Session.start(grid, config, run, load, recall, progress, pause)
+        session = _Session.start(grid, config, run, load, recall, progress, pause, answers)
         session.strategy.on_round = session.measure
         return session.strategy.start(
             session.grid,
@@ -135,6 +138,7 @@ class _Session:
         recall: Recall | None,
         progress: Progress,
         pause: float,
+        answers: Answers | None = None,
     ) -> _Session:
         examples = load(config)
         run.save_partition(config.seed, examples.indices())
@@ -164,9 +168,18 @@ class _Session:
                     update = strategy.read_update(reply)
                 except MalformedUpdate:
                     return  # the strategy reads the reply again, and tells the reason
+                if answers is not None:
+                    answers.note(message.metadata.dst_node_id, update.partition_id)
                 run.save_update(config.seed, round_of(message), update)
 
-        recording = RecordingGrid(grid, arrived=arrived, recall=recall, progress=progress, pause=pause)
+        recording = RecordingGrid(
+            grid,
+            arrived=arrived,
+            recall=recall if answers is None else answers.recall,
+            nodes=None if answers is None else answers.nodes,
+            progress=progress,
+            pause=pause,
+        )
         return cls(config, run, examples, model, recording, strategy)
 
     def measure(

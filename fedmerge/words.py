@@ -27,7 +27,8 @@ def repeat_command(settings: Mapping[str, Any]) -> str:
     lists = {name: settings[name] for name in ("methods", "seeds") if settings.get(name)}
     if lists.get("methods") == list(MIXED_METHODS if options.get("models") else METHODS):
         del lists["methods"]
-    words = ["fedmerge", settings["command"]]
+    deployed = settings["command"] == "flwr run"
+    words = ["fedmerge", *(("deploy", "run", "--superlink", "HOST:PORT") if deployed else (settings["command"],))]
     for name, value in {**options, **lists}.items():
         if name == "out" or (name == "seed" and "seeds" in lists):
             continue

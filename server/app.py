@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmerge.config import Config
-from fedmerge.runs import Run
+from fedmerge.resuming import Answers, enter
 from fedmerge.server import serve
 
 app = ServerApp()
@@ -20,12 +20,15 @@ logger = logging.getLogger("flwr.fedmerge")  # below Flower's logger: it shows w
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation of the run configuration, and leave its results in the run folder `out`."""
+    """Run the federation of the run configuration, and leave its results in the run folder `out`.
+
+    Submitted again with the same settings after an interruption, it goes on in its folder.
+    """
     config = Config.from_mapping(context.run_config)
     path = Path(config.out or f"runs/flower-{context.run_id}")
     if not path.is_absolute():
         logger.warning("the run folder is relative: it lies in the working directory of Flower's server")
-    run = Run.create(path, "flwr run", config)
+    run = enter(path, config)
     logger.info("run folder: %s", run.path)
     with run.locked(), run.logging():
-        serve(grid, config, run)
+        serve(grid, config, run, answers=Answers(run, config))

@@ -60,6 +60,8 @@ def test_every_method_is_documented(name: str) -> None:
 def test_the_readmes_commands_have_flags_and_methods_that_exist(line: str) -> None:
     _, name, *words = shlex.split(line)
     command = main.commands[name]
+    if isinstance(command, click.Group):
+        command, words = command.commands[words[0]], words[1:]
     flags = {flag for parameter in command.params if isinstance(parameter, click.Option) for flag in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= flags
     for methods in re.findall(r"--methods (\S+)", line):
@@ -68,7 +70,12 @@ def test_the_readmes_commands_have_flags_and_methods_that_exist(line: str) -> No
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*/README.md"),
+        ROOT / "CONTRIBUTING.md",
+    ):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 

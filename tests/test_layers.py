@@ -131,6 +131,9 @@ LAYERS: dict[str, frozenset[str]] = {
             "strategy",
             "server",
             "recording",
+            "resuming",
+            "deploy",
+            "fetch",
             "cluster",
             "actors",
             "raygrid",
@@ -152,7 +155,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "report",
         ]
     ),
-    "command": frozenset(["__init__", "__main__", "cli", "console", "preparation"]),
+    "command": frozenset(["__init__", "__main__", "cli", "console", "deploycli", "options", "preparation"]),
 }
 ORDER = list(LAYERS)
 
@@ -166,6 +169,7 @@ ONLY_IN = {
         "rounds",
         "flower",
         "flower_strategies",
+        "resuming",
         "client",
         "strategy",
         "goingon",

@@ -100,3 +100,8 @@ def test_the_headline_of_failures_and_of_one_method_claims_nothing() -> None:
     assert headline(summarize([result("a+np")])) == ["a+np is the only method of this run."]
     half = summarize([result("a", 0), failed("a", 1), failed("b", 0), result("b", 1)])
     assert headline(half) == ["No single model finished every seed: there is nothing to compare."]
+
+
+def test_a_run_under_flower_is_repeated_by_the_command_that_submits_it() -> None:
+    settings = {"command": "flwr run", "config": {"clients": 3}}
+    assert repeat_command(settings) == "fedmerge deploy run --superlink HOST:PORT --clients 3"

@@ -1,0 +1,212 @@
+"""The recipe of deploy/README.md on machines made of namespaces, and what happens when they break."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hosts import Unsupported
+from rehearse import IMAGES_PER_SITE, SITES, SLOW_SITE, Federation, rehearsal
+
+from fedmerge.models import create
+from fedmerge.runs import Run
+from fedmerge.state import read_checkpoint
+
+LINK = "--superlink fl.example.org:8000 --root-certificates /etc/fedmerge/ca.crt"
+RUNS = "/var/lib/fedmerge/runs"
+PLAIN = "--align identity --merge mean --min-completed 2"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """The recipe's machines, all sites joined."""
+    try:
+        with rehearsal(tmp_path_factory.mktemp("rehearsal") / "hosts") as made:
+            yield made
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+class Submitted:
+    """`fedmerge deploy run` at the desk, under way."""
+
+    def __init__(self, federation: Federation, name: str, options: str) -> None:
+        self.folder = federation.network.server.path(f"{RUNS}/{name}")
+        self._federation = federation
+        self._error: Exception | None = None
+        self.output = ""
+        command = f"fedmerge deploy run {LINK} --clients {len(SITES)} {options} --out {RUNS}/{name}"
+        self._thread = threading.Thread(target=self._run, args=(command,))
+        self._thread.start()
+
+    def _run(self, command: str) -> None:
+        try:
+            self.output = self._federation.run(self._federation.desk, command)
+        except RuntimeError as error:
+            self._error = error
+
+    def wait_until(self, what: Callable[[], bool], seconds: float = 240) -> None:
+        """Wait while the run goes on."""
+        end = time.monotonic() + seconds
+        while not what():
+            assert self._thread.is_alive(), f"the run has ended: {self.output or self._error}"
+            assert time.monotonic() < end, self._federation.logs()
+            time.sleep(0.05)
+
+    def done(self, seconds: float = 400) -> Run:
+        """Wait for the end of a run that is to complete."""
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), self._federation.logs()
+        assert self._error is None, f"{self._error}\n{self._federation.logs()}"
+        return Run.open(self.folder)
+
+    def failed(self, seconds: float = 400) -> str:
+        """Wait for the end of a run that is to fail, and return what is told."""
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), self._federation.logs()
+        assert self._error is not None, self.output
+        return str(self._error)
+
+    def arrived(self, *clients: int) -> bool:
+        """Return whether the updates of these clients are on the server's disk."""
+        folder = self.folder / "updates/seed-0/round-1"
+        return all((folder / f"client-{client:05}.safetensors").exists() for client in clients)
+
+
+def refused(run: Run) -> list[str]:
+    found: list[str] = run.results()[0]["diagnostics"].get("refused", [])
+    return found
+
+
+def clients(run: Run) -> list[int]:
+    return [update.partition_id for update in run.load_updates(0)]
+
+
+def in_training(federation: Federation, site: str) -> bool:
+    """Whether a site's ClientApp is at work: a process of its own, started by the SuperExec."""
+    return "flwr-clientapp" in federation.network.hosts[site].run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+
+
+@pytest.mark.slow
+def test_the_recipe_gives_a_merged_model_at_the_desk_of_the_sites_own_data(federation: Federation) -> None:
+    federation.follow("at the desk: run", federation.desk)
+    home = Run.open(federation.desk.path("/srv/first"))
+    [result] = home.results()
+    assert result["status"] == "ok"
+    assert result["accuracy"] > 0.8
+    assert (home.path / "report.html").stat().st_size > 10_000
+    updates = home.load_updates(0)
+    assert [update.num_examples for update in updates] == [IMAGES_PER_SITE] * len(SITES)
+    for site, update in zip(SITES, updates, strict=True):
+        folder = federation.network.hosts[site].path("/srv/data")
+        counts = [len(list((folder / str(digit)).glob("*.png"))) for digit in range(10)]
+        assert list(update.label_counts or ()) == counts
+    keys = federation.network.server.path("/etc/fedmerge")
+    assert not (keys / "nodes").exists(), "a site's private key has never left it"
+
+
+@pytest.mark.long
+def test_a_client_killed_while_it_trains_and_one_that_never_answers_are_left_out(federation: Federation) -> None:
+    run = Submitted(federation, "killed", f"{PLAIN} --local-epochs 500 --timeout 240")
+    run.wait_until(lambda: in_training(federation, "site-2"))
+    federation.network.cut("site-2")
+    run.wait_until(lambda: in_training(federation, "site-1"))
+    federation.services["site-1"].kill()
+    federation.services["site-1"].start()  # the SuperNode is back at once, under its id; its work is lost
+    found = run.done()
+    federation.network.mend("site-2")
+    assert clients(found) == [2, 3]
+    assert len(refused(found)) == 2
+    again = Submitted(federation, "again", f"{PLAIN} --local-epochs 1 --timeout 300")
+    assert clients(again.done()) == [0, 1, 2, 3]  # both take part again
+
+
+@pytest.mark.parametrize("model", [pytest.param("mlp@16", id="17 MB"), pytest.param("mlp@48", id="153 MB")])
+@pytest.mark.long
+def test_an_upload_whose_link_is_cut_in_the_middle_arrives_whole_or_not_at_all(
+    federation: Federation, model: str
+) -> None:
+    size = sum(
+        parameter.numel() * 4 for parameter in create(model, shape=(1, 8, 8), num_classes=10, seed=0).parameters()
+    )
+    name = f"cut-{size}"
+    run = Submitted(federation, name, f"{PLAIN} --model {model} --local-epochs 1 --timeout 600")
+    run.wait_until(lambda: in_training(federation, SLOW_SITE))
+    before = federation.network.bytes_sent(SLOW_SITE)
+    run.wait_until(lambda: federation.network.bytes_sent(SLOW_SITE) - before > size / 3)
+    federation.network.cut(SLOW_SITE)
+    sent = federation.network.bytes_sent(SLOW_SITE) - before
+    assert sent < size, "it was to be cut in the middle"
+    time.sleep(20)
+    federation.network.mend(SLOW_SITE)
+    found = run.done(900)
+    assert set(clients(found)) >= {0, 1, 2}
+    assert all(path.stat().st_size > size for path in (found.path / "updates/seed-0/round-1").glob("*.safetensors"))
+    if SITES.index(SLOW_SITE) in clients(found):
+        assert federation.network.bytes_sent(SLOW_SITE) - before > size
+    else:
+        assert len(refused(found)) == 1
+
+
+def restart(federation: Federation) -> None:
+    """Let the server lose its power, and come back; wait until its sites are back too."""
+    server = federation.network.server
+    federation.services["server"].kill()
+    federation.start(server, "fedmerge-superlink")
+    status = f"fedmerge deploy status {LINK} --json"
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        nodes = json.loads(federation.run(federation.desk, status).splitlines()[-1])["nodes"]
+        if [node["status"] for node in nodes].count("online") == len(SITES):
+            return
+        time.sleep(3)
+    raise TimeoutError(federation.logs())
+
+
+def times(run: Submitted) -> dict[str, int]:
+    folder = run.folder / "updates/seed-0/round-1"
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.long
+def test_a_superlink_killed_before_the_merge_goes_on_with_what_has_arrived(federation: Federation) -> None:
+    options = f"{PLAIN} --local-epochs 20 --timeout 400"
+    first = Submitted(federation, "before", options)
+    first.wait_until(lambda: in_training(federation, "site-3"))
+    federation.network.cut("site-3")  # so that the round is not over
+    first.wait_until(lambda: first.arrived(0, 1))
+    second = Submitted(federation, "before", options)
+    assert "another process is writing into" in second.failed()
+    there = times(first)
+    federation.services["server"].kill()
+    federation.network.mend("site-3")
+    assert first.failed()
+    restart(federation)
+    found = Submitted(federation, "before", options).done()
+    assert clients(found) == [0, 1, 2, 3]
+    assert there.items() <= times(first).items()  # who had answered was not asked again
+
+
+@pytest.mark.long
+def test_a_superlink_killed_during_and_after_the_merge_ends_in_the_same_bits(federation: Federation) -> None:
+    options = "--align identity --merge np:steps=3000 --local-epochs 1 --timeout 400"
+    whole = Submitted(federation, "whole", options).done()
+    run = Submitted(federation, "during", options)
+    run.wait_until(lambda: run.arrived(0, 1, 2, 3))
+    there = times(run)
+    restart(federation)
+    assert run.failed()
+    assert Run.open(run.folder).results() == []
+    again = Submitted(federation, "during", options)
+    found = again.done()
+    assert times(run) == there
+    first, second = (read_checkpoint(next((item.path / "models").rglob("*.safetensors")))[0] for item in (whole, found))
+    assert all(tensor.equal(second[key]) for key, tensor in first.items())
+    restart(federation)
+    after = Submitted(federation, "during", options)
+    assert "holds this run, completed: fetch it" in after.failed()
+    federation.run(federation.desk, f"fedmerge deploy fetch root@fl.example.org:{RUNS}/during --out /srv/during")
+    assert Run.open(federation.desk.path("/srv/during")).results()[0]["status"] == "ok"
