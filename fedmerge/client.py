@@ -32,7 +32,7 @@ from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
 from fedmerge.state import StateDict, num_bytes
 from fedmerge.statistics import collect
-from fedmerge.train import Evaluation, LocalTraining, evaluate, fit
+from fedmerge.train import Evaluation, LocalTraining, evaluate, fit, laid_out
 from fedmerge.wire import (
     ARRAYS,
     CONFIG,
@@ -143,7 +143,8 @@ def train_client(
     )
     with _reproducible():
         device = choose_device(config.device)
-        model, data = model.to(device), own.to(device)
+        model = model.to(device)
+        data = laid_out(model, own.to(device))
         moving = last_layers(start, layers) if layers else None
         chance = generator(config.seed, *path, "round", server_round)
         state, _ = fit(model, start, data, recipe, generator=chance, moving=moving)
@@ -193,7 +194,8 @@ def evaluate_client(
     with _reproducible():
         device = choose_device(config.device)
         model = _architecture(config, examples).to(device)
-        result = evaluate(model, [{name: tensor.to(device) for name, tensor in state.items()}], own.to(device))
+        data = laid_out(model, own.to(device))
+        result = evaluate(model, [{name: tensor.to(device) for name, tensor in state.items()}], data)
     return result, len(own)
 
 

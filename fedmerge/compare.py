@@ -27,6 +27,7 @@ from fedmerge.seeds import derive
 from fedmerge.settings import Value
 from fedmerge.simulation import simulation, train_clients
 from fedmerge.state import StateDict, num_bytes
+from fedmerge.train import laid_out
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +170,14 @@ class Bench:
         self.config = Config.from_mapping(settings)
         self.updates = updates
         device = choose_device(self.config.device)
-        model, server = federation_models.of_server(self.config, examples).to(device), examples.server.to(device)
+        model = federation_models.of_server(self.config, examples).to(device)
+        server = laid_out(model, examples.server.to(device))
         start = model.state_dict() if self.config.init == "shared" else None
         others = federation_models.of_others(self.config, examples, device)
         self.problem = Problem(
             model, server, self.config.seed, self.config.batch_size, progress, start=start, others=others
         )
-        self.evaluation = examples.evaluation.to(device)
+        self.evaluation = laid_out(model, examples.evaluation.to(device))
         self.prepared: dict[tuple[str, object, bool], tuple[Problem, Alignment]] = {}
 
     def answer(self, method: str) -> list[Line]:

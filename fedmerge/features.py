@@ -17,6 +17,8 @@ from fedmerge.state import StateDict
 from fedmerge.trace import RuleTable, traced
 
 BATCH = 128
+ROWS = 1 << 11
+"""Samples that are shifted and multiplied at once: they stay in a processor's cache."""
 
 Pair = tuple[int, int]
 
@@ -151,7 +153,8 @@ def joint_moments(
         for position, index in enumerate(order):
             found = functional_call(module, weights[index], (batch,))
             for number, (space, total) in enumerate(zip((*spaces, *alone), sums, strict=True)):
-                features = total.add(index, features_of(found[number], space, states[index]))
+                features = features_of(found[number], space, states[index])
+                total.add(index, features)
                 if number < len(spaces):
                     kept.setdefault(index, []).append(features)
             for first, second in sorted(pairs):
@@ -187,19 +190,23 @@ class _Sums:
         self.first: dict[int, Tensor] = {}
         self.second: dict[Pair, Tensor] = {}
 
-    def add(self, index: int, features: Tensor) -> Tensor:
-        """Add a model's features to its own sums, and return them shifted."""
-        shifted = features - self.shifts.setdefault(index, features.mean(0))
-        total = shifted.sum(0, dtype=torch.float64).cpu()
-        self.counts[index] = self.counts.get(index, 0) + len(shifted)
-        self.first[index] = self.first[index] + total if index in self.first else total
-        self.compare(index, index, shifted, shifted)
-        return shifted
+    def add(self, index: int, features: Tensor) -> None:
+        """Add a model's features to its own sums."""
+        shift = self.shifts.setdefault(index, features.mean(0))
+        total = torch.zeros_like(shift)
+        for part in torch.split(features, ROWS):
+            total += (part - shift).sum(0)
+        self.counts[index] = self.counts.get(index, 0) + len(features)
+        self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
+        self.compare(index, index, features, features)
 
     def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
         """Add the products of two models' shifted features."""
-        product = (ours.T @ theirs).cpu().double()
-        self.second[first, second] = self.second.get((first, second), 0.0) + product
+        product = ours.new_zeros(ours.shape[1], theirs.shape[1])
+        for one, other in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
+            shifted = one - self.shifts[first]
+            product.addmm_(shifted.T, shifted if first == second else other - self.shifts[second])
+        self.second[first, second] = self.second.get((first, second), 0.0) + product.cpu().double()
 
     def joint(self) -> Joint:
         (count,) = set(self.counts.values())

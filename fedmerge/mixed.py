@@ -145,7 +145,8 @@ def merge_by_families(
     models = list(zip(families, (outcome.merged.state for outcome in outcomes), strict=True))
     logger.info("merged %d families of %d clients by '%s'", len(families), len(kept), method_name(align, merge))
     seconds = time.perf_counter() - started
-    return Outcome(merged, diagnostics, seconds, steps, families=tuple(models))
+    peak = max((outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None), default=None)
+    return Outcome(merged, diagnostics, seconds, steps, families=tuple(models), peak_bytes=peak)
 
 
 def starts_after(problem: Problem, updates: Sequence[Update], outcome: Outcome) -> dict[int, StateDict]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
 from fedmerge.conforming import conformed
+from fedmerge.memory import Peak, require
 from fedmerge.merge.best import best_client
 from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
@@ -19,7 +20,7 @@ from fedmerge.screening import Screening
 from fedmerge.screening import screen as screen_clients
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError, known
-from fedmerge.state import StateDict
+from fedmerge.state import StateDict, num_bytes
 from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Alignment:
         diagnostics: in JSON's types.
         seconds: wall time.
         screening: of the clients, in JSON's types; empty if there was none.
+        peak_bytes: as in `Outcome`.
     """
 
     updates: tuple[Update, ...]
@@ -44,6 +46,7 @@ class Alignment:
     diagnostics: dict[str, Any]
     seconds: float
     screening: dict[str, Any] = field(default_factory=dict)
+    peak_bytes: int | None = None
 
 
 def merge_updates(
@@ -219,7 +222,9 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     if align != "identity" and len(ordered) > 1:
         reference, losses = best_client(problem, ordered)
         diagnostics["reference"] = ordered[reference].partition_id
-    found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
+    _require(problem, len(states) if align != "identity" else 0, f"an alignment of {len(states)} models")
+    with Peak() as peak:
+        found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
     if any(update.statistics for update in ordered):
         aligned = [
@@ -234,6 +239,7 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
         (found.server_labels or bool(losses)) and not problem.blind,
         {**diagnostics, **found.diagnostics},
         seconds,
+        peak_bytes=peak.bytes,
     )
 
 
@@ -248,7 +254,11 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
     """
     started = time.perf_counter()
     merger = resolve("merger", merge, MERGERS)
-    found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
+    count = len(alignment.updates)
+    held = getattr(merger, "held", None)
+    _require(problem, held(count) if held else 1, f"'{merge}' of {count} models")
+    with Peak() as peak:
+        found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
     seconds = alignment.seconds + time.perf_counter() - started
     logger.info("merged %d models by '%s' in %.1f s", len(alignment.updates), merge, seconds)
     return Outcome(
@@ -263,7 +273,18 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
             "merge": {"merger": merge, **found.diagnostics},
         },
         seconds,
+        peak_bytes=None if peak.bytes is None else max(peak.bytes, alignment.peak_bytes or 0),
     )
+
+
+def _require(problem: Problem, states: int, purpose: str) -> None:
+    """Refuse what holds more states of the model's size than memory does."""
+    size = num_bytes(problem.model.state_dict())
+    if problem.data.images.device.type == "cpu":
+        advice = (
+            "merge on a larger machine, or by coefficients of whole channels (np:groups=channel) without an alignment"
+        )
+        require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", advice)
 
 
 def _following(problem: Problem, update: Update, found: Aligned, place: int) -> Mapping[str, StateDict]:

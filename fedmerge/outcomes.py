@@ -24,6 +24,8 @@ class Outcome:
         steps: of a merge that has several, in their order (`fedmerge.mixed`).
         families: of clients whose architectures differ, with their merged models.
         note: what a reader must know of it, in a few words.
+        peak_bytes: growth of this process's anonymous memory in alignment and merge, at its highest, above what it had
+            when each began, of the greatest of several steps; None where the system does not tell.
     """
 
     merged: Merged
@@ -32,6 +34,7 @@ class Outcome:
     steps: tuple[Step, ...] = ()
     families: tuple[tuple[Family, StateDict], ...] = ()
     note: str = ""
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

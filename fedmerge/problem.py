@@ -247,7 +247,7 @@ class Aligned:
     """What an aligner gives back.
 
     Attributes:
-        states: the models in the reference's basis, fresh, in the order in which they came.
+        states: the models in the reference's basis, in the order in which they came; fresh, or unchanged by `identity`.
         server_examples: how many of the server's examples were used.
         server_labels: whether their labels were used.
         diagnostics: in JSON's types.
@@ -267,7 +267,8 @@ class Merger(Protocol):
     A frozen dataclass; its fields are its hyper-parameters. One that cannot work without some knowledge tells so by an
     attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`. One that works also where the uniform mean of the states is
     all that they mean (aligners whose attribute `parts` is true) tells so by an attribute `takes_parts`. One that takes
-    updates of several architectures (`Update.model`) tells so by an attribute `takes_architectures`.
+    updates of several architectures (`Update.model`) tells so by an attribute `takes_architectures`. One that holds
+    more than one state beside K models tells how many, at least, by a method `held(K)`.
     """
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:

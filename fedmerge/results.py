@@ -50,6 +50,7 @@ def measured(
         "loss": found.loss,
         "per_class_accuracy": list(found.per_class_accuracy),
         "seconds": round(outcome.seconds, 3),
+        "peak_bytes": outcome.peak_bytes,
         "bytes_up": bytes_up if merged.uses_clients else 0,
         "bytes_down": bytes_down if merged.uses_clients else 0,
         "server_examples": merged.server_examples,

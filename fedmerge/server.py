@@ -27,6 +27,7 @@ from fedmerge.resuming import Answers
 from fedmerge.runs import Run
 from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
+from fedmerge.train import laid_out
 from fedmerge.wire import (
     MalformedUpdate,
     arrays_from_state,
@@ -191,13 +192,14 @@ class _Session:
     ) -> None:
         """Evaluate a merged model, and store it and its result."""
         method = method_name(self.config.align, self.config.merge)
+        problem = self.strategy.problem
         lines = results.measured_with_steps(
             method=method,
             seed=self.config.seed,
             server_round=server_round,
             outcome=outcome,
-            problem=self.strategy.problem,
-            evaluation=self.federation.evaluation.to(self.strategy.problem.data.images.device),
+            problem=problem,
+            evaluation=laid_out(problem.model, self.federation.evaluation.to(problem.data.images.device)),
             updates=updates,
             bytes_down=self.grid.bytes_sent - self.bytes_sent_before,
             server_model=self.config.model,

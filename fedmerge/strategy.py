@@ -34,7 +34,7 @@ from fedmerge.rounds import RoundFailed as RoundFailed
 from fedmerge.rounds import wait_for_nodes
 from fedmerge.seeds import derive, generator
 from fedmerge.state import StateDict
-from fedmerge.train import predict
+from fedmerge.train import laid_out, predict
 from fedmerge.wire import (
     SERVER_ROUND,
     MalformedUpdate,
@@ -108,9 +108,11 @@ class OneShotMerge(FedAvg):
         if fraction_evaluate == 0:
             self.min_evaluate_nodes = 0
         where = choose_device(device)
+        model = copy.deepcopy(model).to(where).eval()
+        data = (Examples.unlabelled(images) if labels is None else Examples(images, labels)).to(where)
         self.problem = Problem(
-            model=copy.deepcopy(model).to(where).eval(),
-            data=(Examples.unlabelled(images) if labels is None else Examples(images, labels)).to(where),
+            model=model,
+            data=laid_out(model, data),
             seed=seed,
             batch_size=batch_size,
             progress=progress,

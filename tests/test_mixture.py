@@ -17,8 +17,9 @@ from torch.nn import functional
 from fedmerge.merge.average import Average, mean_state
 from fedmerge.merge.descent import Candidate, Schedule, Weights, descend
 from fedmerge.merge.finetune import FineTune
+from fedmerge.merge.kernels import onto_box
 from fedmerge.merge.learning import BACK_OFFS
-from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture, onto_box
+from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.nonuniform import FORMS, ORDERS, NPMerge, PairwiseNPMerge, ranking
 from fedmerge.merge.starts import STARTS, Start, starting
 from fedmerge.problem import Update
@@ -38,7 +39,7 @@ def stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def mixture(states: list[dict[str, Tensor]], form: str, groups: str, start: Start, pace: int = 2) -> Mixture:
     models, first, mean = stacked(states), start.state(states), mean_state(states)
-    shares = start.shares(models)
+    shares = start.shares(first)
     if form == "free":
         return FreeMixture(first, models, groups, shares=shares, pace=pace)
     deviations = {name: tensor - mean[name] for name, tensor in models.items()}

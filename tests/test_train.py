@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmerge.errors import FedmergeError
+from fedmerge.models import create
 from fedmerge.problem import Examples
 from fedmerge.seeds import default_generator, fork, generator
-from fedmerge.train import Diverged, Evaluation, LocalTraining, batches, evaluate, fit, num_batches, predict
+from fedmerge.train import Diverged, Evaluation, LocalTraining, batches, evaluate, fit, laid_out, num_batches, predict
 
 
 def blobs(size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Examples:
@@ -293,3 +294,42 @@ def test_an_ensemble_of_equals_is_the_single_model() -> None:
 def test_the_loss_of_a_certain_and_wrong_model_is_large_and_not_infinite() -> None:
     logits = torch.tensor([[0.0, 500.0]])
     assert evaluate(nn.Identity(), [{}], Examples(logits, torch.tensor([0]))) == Evaluation(0.0, 500.0, (0.0, None))
+
+
+# The layout of images.
+
+
+class Viewed(nn.Module):
+    """A model that takes its activations as they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 4, 3)
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.convolution(images).view(len(images), -1))
+        return found
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_convolutions_lie_channels_last_and_give_the_same_outputs(channels: int) -> None:
+    model = create("cnn@0.1", shape=(channels, 8, 8), num_classes=3, seed=0)
+    images = torch.randn(5, channels, 8, 8)
+    examples = Examples(images, torch.zeros(5, dtype=torch.int64))
+    found = laid_out(model, examples)
+    assert torch.equal(found.images, images)
+    assert found[torch.tensor([3, 1])].images.stride()[1] == 1
+    state = model.state_dict()
+    torch.testing.assert_close(predict(model, state, found.images), predict(model, state, images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_convolutions_or_with_views_gets_images_as_they_are() -> None:
+    images = torch.randn(5, 2, 6, 6)
+    examples = Examples(images, torch.zeros(5, dtype=torch.int64))
+    assert laid_out(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), examples) is examples
+    viewed = Viewed()
+    assert laid_out(viewed, examples) is examples
+    assert viewed.training
+    rows = Examples(torch.randn(5, 7), torch.zeros(5, dtype=torch.int64))
+    assert laid_out(viewed, rows) is rows

@@ -16,8 +16,9 @@ import torch
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.descent import Candidate, Schedule, check_budget, descend, split_state
 from fedmerge.merge.learning import learn
-from fedmerge.merge.mixture import FreeMixture
 from fedmerge.merge.objective import Objective
+from fedmerge.merge.starts import Start
+from fedmerge.merge.streamed import Ingredients, Tied
 from fedmerge.merge.taskvectors import start_of
 from fedmerge.problem import Merged, Problem, Update
 from fedmerge.seeds import fork
@@ -49,9 +50,9 @@ class AdaMerging(Objective):
         start = start_of(problem, "AdaMerging")
         states = [update.state for update in updates]
         mean, buffers = split_state(problem, mean_state(states))
-        vectors = {name: torch.stack([state[name] - tensor for state in states]) for name, tensor in start.items()}
-        shares = {name: tensor.new_full((len(states),), 1 / len(states)) for name, tensor in vectors.items()}
-        candidates = [Candidate({}, lr, lambda: FreeMixture(mean, vectors, "tensor", shares=shares)) for lr in self.lrs]
+        shares = Start(torch.ones(len(states))).shares(start)
+        given = Ingredients(mean, states, shares, centre=start)
+        candidates = [Candidate({}, lr, lambda: Tied(given, "tensor")) for lr in self.lrs]
         schedule = Schedule(steps=self.steps, augment=self.augment, entropy=self.entropy)
         if self.entropy:
             steps = min(schedule.default_steps, self.steps)

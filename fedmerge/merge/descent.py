@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge.calibrate import calibrate
+from fedmerge.merge.adam import Adam
 from fedmerge.merge.augment import augmented
 from fedmerge.merge.coordinates import Coordinates, Weights
 from fedmerge.problem import Examples, Problem
@@ -26,7 +27,7 @@ from fedmerge.seeds import default_generator, derive
 from fedmerge.state import StateDict
 from fedmerge.train import batches
 
-__all__ = ["Candidate", "Schedule", "Weights", "check_budget", "descend", "split_state"]
+__all__ = ["Candidate", "Schedule", "Weights", "check_budget", "descend", "gradients", "split_state"]
 
 
 def check_budget(lrs: Sequence[float], steps: int) -> None:
@@ -109,29 +110,47 @@ def descend(
     schedule = schedule or Schedule()
     coordinates = candidate.coordinates()
     training_buffers = {name: tensor.clone() for name, tensor in buffers.items()}  # training mode changes them in place
-    optimizer = _optimizer(coordinates.values, candidate.lr, schedule.decay)
+    rule = Adam(candidate.lr, schedule.decay)
     chance = torch.Generator().manual_seed(derive(seed, "augment"))
     order = _forever(len(data), problem.batch_size, torch.Generator().manual_seed(seed))
     done = 0
     for look in looks:
-        means = [value.clone() for value in coordinates.values]
+        means = [value.clone() for value in coordinates.values] if schedule.average else []
         with _training(problem.model), default_generator(derive(seed, look), data.images.device):
             for number in range(1, look - done + 1):
                 batch = data[next(order).to(data.images.device)]
                 batch = replace(batch, images=augmented(batch.images, schedule.augment, chance))
-                gradients = _gradients(problem, coordinates.parameters(), training_buffers, batch, schedule.entropy)
-                for value, gradient in zip(coordinates.values, coordinates.pull_back(gradients), strict=True):
-                    value.grad = gradient
-                optimizer.step()
-                coordinates.project()
-                if schedule.average:
-                    for mean, value in zip(means, coordinates.values, strict=True):
-                        mean.lerp_(value, 1 / number)
-        with _at(coordinates, means if schedule.average else coordinates.values):
+                coordinates.step(gradients(problem, coordinates, training_buffers, batch, schedule.entropy), rule)
+                for mean, value in zip(means, coordinates.values, strict=False):
+                    mean.lerp_(value, 1 / number)
+        with _at(coordinates, means) if means else nullcontext():
             parameters = coordinates.parameters()
+            state = {name: tensor.clone() for name, tensor in {**parameters, **buffers}.items()}
         done = look
-        state = {**parameters, **{name: tensor.clone() for name, tensor in buffers.items()}}
         yield calibrate(problem.model, {name: state[name] for name in problem.model.state_dict()}, data.images)
+
+
+def gradients(
+    problem: Problem, coordinates: Coordinates, buffers: Mapping[str, Tensor], batch: Examples, entropy: bool = False
+) -> dict[str, Tensor]:
+    """Return dL/dθ of the parameters that a step of the coordinates needs.
+
+    Args:
+        problem: the architecture.
+        coordinates: say where θ is.
+        buffers: by name; training mode changes them in place.
+        batch: the examples of the step.
+        entropy: whether the loss is the entropy of the predictions.
+    """
+    parameters = {name: tensor.detach() for name, tensor in coordinates.parameters().items()}
+    leaves = [parameters[name].requires_grad_() for name in coordinates.names]
+    logits = functional_call(problem.model, {**parameters, **buffers}, (batch.images,))
+    if entropy:
+        loss = functional.cross_entropy(logits, logits.softmax(1))
+    else:
+        loss = functional.cross_entropy(logits, batch.labels if batch.targets is None else batch.targets)
+    found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return dict(zip(coordinates.names, found, strict=True))
 
 
 def split_state(problem: Problem, state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -162,29 +181,6 @@ def _at(coordinates: Coordinates, values: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for value, was in zip(coordinates.values, were, strict=True):
             value.copy_(was)
-
-
-def _gradients(
-    problem: Problem,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    batch: Examples,
-    entropy: bool,
-) -> dict[str, Tensor]:
-    leaves = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
-    logits = functional_call(problem.model, {**leaves, **buffers}, (batch.images,))
-    if entropy:
-        loss = functional.cross_entropy(logits, logits.softmax(1))
-    else:
-        loss = functional.cross_entropy(logits, batch.labels if batch.targets is None else batch.targets)
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
-
-
-def _optimizer(values: list[Tensor], lr: float, decay: float) -> torch.optim.Optimizer:
-    if decay:
-        return torch.optim.AdamW(values, lr=lr, weight_decay=decay, foreach=True)
-    return torch.optim.Adam(values, lr=lr, foreach=True)
 
 
 def _forever(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

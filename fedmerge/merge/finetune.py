@@ -68,6 +68,14 @@ class FineTune(Objective):
         uses_clients = self.start != "fresh" or problem.taught
         return replace(found, uses_clients=uses_clients, diagnostics={**self.description, **found.diagnostics})
 
+    def held(self, count: int) -> int:
+        """Return how many states of a model's size are held beside the models, at least.
+
+        Args:
+            count: of the models.
+        """
+        return 6
+
     def _start(self, problem: Problem, updates: Sequence[Update], generator: torch.Generator) -> dict[str, Tensor]:
         if self.start == "mean":
             return mean_state([update.state for update in updates])

@@ -1,8 +1,10 @@
 """Mixtures of models, θ = Σ_k α_k ⊙ θ_k, by the coordinates that a descent moves.
 
-The forms differ in what α may be: affine (Σ_k α_k = 1, no bounds), affine times one learned factor (FedLAW's shrinkage:
-Li, Lin, Chen, Wang, Wu: Revisiting Weighted Aggregation in Federated Learning with Neural Networks, ICML 2023, arXiv
-2302.10911), affine within bounds, and free. The groups say which numbers of α are one number.
+Here the directions d_k are stacked in memory, and every coefficient is stored, for whatever groups them;
+`fedmerge.merge.streamed` has the forms that need neither. The forms differ in what α may be: affine (Σ_k α_k = 1, no
+bounds), affine times one learned factor (FedLAW's shrinkage: Li, Lin, Chen, Wang, Wu: Revisiting Weighted Aggregation
+in Federated Learning with Neural Networks, ICML 2023, arXiv 2302.10911), affine within bounds, and free. The groups say
+which numbers of α are one number.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from fedmerge.merge.coordinates import Pulled
+from fedmerge.merge.kernels import onto_box
 
 GROUPS = ("model", "tensor", "channel", "parameter")
 COARSE_TO_FINE = ("tensor", "channel", "parameter")
@@ -52,7 +57,7 @@ class Ties:
         return [product.sum_to_size(part.shape) for name, product in products.items() for part in self.parts[name]]
 
 
-class Mixture:
+class Mixture(Pulled):
     """θ = (1 + γ) (start + Σ_k β_k ⊙ d_k), from β = 0 and γ = 0.
 
     Args:
@@ -74,6 +79,7 @@ class Mixture:
         shrinks: bool = False,
         pace: int = 0,
     ) -> None:
+        self.names = list(directions)
         self.start = start
         self.directions = directions
         self.factor = factor
@@ -111,9 +117,6 @@ class Mixture:
             found.append(torch.stack(along).sum() / (1 + self.gamma))
         self.steps += 1
         return found
-
-    def project(self) -> None:
-        """Anything is allowed."""
 
 
 class AffineMixture(Mixture):
@@ -199,71 +202,6 @@ class FreeMixture(Mixture):
     def coefficients(self) -> dict[str, Tensor]:
         """Return α by parameter name: (models, …), broadcastable to the parameters."""
         return {name: self.shares[name] + self.beta(name) for name in self.directions}
-
-
-class SigmoidPair:
-    """θ = σ(a) ⊙ A + (1 − σ(a)) ⊙ B, from a = 0.
-
-    Args:
-        first: A by parameter name.
-        second: B by parameter name.
-    """
-
-    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-        self.first = first
-        self.second = second
-        self.values = [torch.zeros_like(tensor) for tensor in first.values()]
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the mixture."""
-        return {
-            name: torch.lerp(self.second[name], tensor, value.sigmoid())
-            for value, (name, tensor) in zip(self.values, self.first.items(), strict=True)
-        }
-
-    def pull_back(self, gradients: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """Return (A − B) ⊙ dL/dθ ⊙ σ(a)(1 − σ(a))."""
-        found: list[Tensor | None] = []
-        for value, (name, tensor) in zip(self.values, self.first.items(), strict=True):
-            share = value.sigmoid()
-            found.append((tensor - self.second[name]) * gradients[name] * share * (1 - share))
-        return found
-
-    def project(self) -> None:
-        """The sigmoid keeps its own bounds."""
-
-
-def onto_box(points: Tensor, low: float, high: float) -> Tensor:
-    """Return the nearest points that sum to 1 over the first dimension, with entries in [low, high].
-
-    They are clip(x_k − τ), and the sum falls piecewise linearly in τ: its piece is found by bisection among the 2K
-    values of τ where an entry reaches a bound, and τ in it by interpolation.
-
-    Args:
-        points: (models, …).
-        low: at most 1/K.
-        high: at least 1/K.
-
-    Example:
-        >>> onto_box(torch.tensor([1.5, 0.5, -3.0]), 0.0, 1.0)
-        tensor([1., 0., 0.])
-    """
-
-    def total(shift: Tensor) -> Tensor:
-        return (points - shift).clamp(low, high).sum(0, keepdim=True)
-
-    corners = torch.cat([points - high, points - low]).sort(0).values
-    left = torch.zeros_like(points[:1], dtype=torch.int64)
-    right = torch.full_like(left, len(corners) - 1)
-    for _ in range(len(corners).bit_length()):
-        middle = (left + right) // 2
-        is_before = total(corners.gather(0, middle)) >= 1
-        left, right = torch.where(is_before, middle, left), torch.where(is_before, right, middle)
-    start, end = corners.gather(0, left), corners.gather(0, right)
-    above, below = total(start), total(end)
-    falls = above - below
-    share = torch.where(falls > 0, (above - 1) / torch.where(falls > 0, falls, 1.0), 0.0).clamp(0, 1)
-    return (points - (start + share * (end - start))).clamp(low, high)
 
 
 def _tied_shapes(shape: Sequence[int], groups: str) -> list[tuple[int, ...]]:

@@ -24,9 +24,10 @@ from fedmerge.merge.best import best_client
 from fedmerge.merge.coordinates import Coordinates
 from fedmerge.merge.descent import Candidate, Schedule, check_budget, split_state
 from fedmerge.merge.learning import learn
-from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, SigmoidPair
+from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.objective import Objective
-from fedmerge.merge.starts import STARTS, Start, starting
+from fedmerge.merge.starts import STARTS, starting
+from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, SigmoidPair, Span, Tied
 from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
 from fedmerge.state import StateDict
 from fedmerge.train import evaluate
@@ -36,7 +37,7 @@ ORDERS = ("given", "best-first", "tree")
 PACES = (20, 60)
 """Steps after which coarse-to-fine coefficients get finer; the protocol chooses."""
 
-__all__ = ["FORMS", "GROUPS", "ORDERS", "STARTS", "AffineMixture", "NPMerge", "PairwiseNPMerge", "SigmoidPair"]
+__all__ = ["FORMS", "GROUPS", "ORDERS", "STARTS", "NPMerge", "PairwiseNPMerge"]
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,14 @@ class NPMerge(Objective):
         if self.bounds is not None:
             start = start.within(*self.bounds)
         first = start.state(states)
-        _, buffers = split_state(problem, first)
+        parameters, buffers = split_state(problem, first)
+        centre = None if self.form == "free" else first if self.start == "mean" else mean_state(states)
+        given = Ingredients(parameters, states, start.shares(parameters), centre, affine=centre is not None)
         candidates = [
             Candidate({"groups": groups} | ({"pace": pace} if pace else {}), lr, make)
             for groups in (("channel", "parameter") if self.groups == "auto" else (self.groups,))
             for pace in (PACES if groups == "coarse-to-fine" else (0,))
-            for make in [self._mixture(problem, states, start, groups, pace)]
+            for make in [self._mixture(given, groups, pace)]
             for lr in self.lrs
         ]
         schedule = Schedule(steps=self.steps, decay=self.decay, average=self.average, augment=self.augment)
@@ -126,25 +129,49 @@ class NPMerge(Objective):
         """What cannot be done without."""
         return super().needs | frozenset([LABEL_COUNTS] if self.start == "counts" else [])
 
+    def held(self, count: int) -> int:
+        """Return how many states of a model's size are held beside the models, at least.
+
+        Args:
+            count: of the models.
+        """
+        if self.groups == "coarse-to-fine":
+            return 5 * count  # stacked directions, and β, its gradient and its moments one by one
+        if self.groups == "in-out":
+            return 2 * count
+        if self.groups in ("auto", "parameter"):
+            return 7 + (count if self.bounds is not None else 0)
+        return 5
+
     @property
     def bounds(self) -> tuple[float, float] | None:
         """The least and the greatest α."""
         return {"box": (self.low, self.high), "simplex": (0.0, 1.0)}.get(self.form)
 
-    def _mixture(
-        self, problem: Problem, states: Sequence[StateDict], start: Start, groups: str, pace: int
-    ) -> Callable[[], Coordinates]:
-        parameters, _ = split_state(problem, start.state(states))
-        models = {name: torch.stack([state[name] for state in states]) for name in parameters}
-        shares = start.shares(models)
-        if self.form == "free":
-            return lambda: FreeMixture(parameters, models, groups, shares=shares, pace=pace)
-        mean = mean_state(states)
-        deviations = {name: torch.stack([state[name] - mean[name] for state in states]) for name in parameters}
+    def _mixture(self, given: Ingredients, groups: str, pace: int) -> Callable[[], Coordinates]:
+        def make() -> Coordinates:
+            found: Span | Channels | Tied
+            if groups == "parameter" and self.bounds is not None:
+                return Box(given, self.bounds)
+            if groups == "parameter":
+                found = Span(given)
+            elif groups == "channel":
+                found = Channels(given, self.bounds)
+            elif groups in ("model", "tensor"):
+                found = Tied(given, groups, self.bounds)
+            else:
+                return self._stacked(given, groups, pace)
+            return Shrunk(found) if self.form == "shrink" else found
+
+        return make
+
+    def _stacked(self, given: Ingredients, groups: str, pace: int) -> Mixture:
+        models = {name: torch.stack([state[name] for state in given.models]) for name in given.start}
+        if given.centre is None:
+            return FreeMixture(given.start, models, groups, shares=given.shares, pace=pace)
+        deviations = {name: tensor - given.centre[name] for name, tensor in models.items()}
         shrinks = self.form == "shrink"
-        return lambda: AffineMixture(
-            parameters, deviations, groups, shares=shares, bounds=self.bounds, shrinks=shrinks, pace=pace
-        )
+        return AffineMixture(given.start, deviations, groups, shares=given.shares, shrinks=shrinks, pace=pace)
 
 
 @dataclass(frozen=True)
@@ -170,9 +197,10 @@ class PairwiseNPMerge(Objective):
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
         """Merge the first two models, then the result with the third, and so on; or neighbours, level by level."""
-        if len(updates) > 1:
-            problem = self.teach(problem, updates)
-        queue = [Merged(({name: tensor.clone() for name, tensor in update.state.items()},)) for update in updates]
+        if len(updates) == 1:
+            return Merged(({name: tensor.clone() for name, tensor in updates[0].state.items()},))
+        problem = self.teach(problem, updates)
+        queue = [Merged((dict(update.state),)) for update in updates]
         if self.order == "best-first":
             queue = [queue[index] for index in ranking(problem, updates)]
         pairs: list[dict[str, Any]] = []
@@ -185,6 +213,14 @@ class PairwiseNPMerge(Objective):
                 level.append(merged)
             queue = level + queue[2 * len(level) :]
         return replace(merged, diagnostics={**self.description, "pairs": pairs})
+
+    def held(self, count: int) -> int:
+        """Return how many states of a model's size are held beside the models, at least.
+
+        Args:
+            count: of the models.
+        """
+        return 6 + (count // 2 if self.order == "tree" else 0)
 
     def _pair(self, problem: Problem, first: StateDict, second: StateDict, generator: torch.Generator) -> Merged:
         _, buffers = split_state(problem, mean_state([first, second]))

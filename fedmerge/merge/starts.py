@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.best import best_client
 from fedmerge.merge.heads import find_head, head_rows
-from fedmerge.merge.mixture import onto_box
+from fedmerge.merge.kernels import onto_box
 from fedmerge.merge.teacher import class_weights, known_counts
 from fedmerge.problem import Problem, Update
 from fedmerge.state import StateDict
@@ -38,17 +38,17 @@ class Start:
         mixed = mean_state(states, self.body.tolist())
         return mixed if self.rows is None else mixed | head_rows(states, self.head, self.rows)
 
-    def shares(self, models: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shares(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a_k by parameter name: (models, …), broadcastable to the parameters.
 
         Args:
-            models: (models, …) by parameter name.
+            parameters: of any one model, by name.
         """
         found = {}
-        for name, tensor in models.items():
+        for name, tensor in parameters.items():
             of_rows = self.rows is not None and name in self.head
             share = self.rows if of_rows and self.rows is not None else self.body / self.body.sum()
-            found[name] = share.to(tensor).reshape(*share.shape, *[1] * (tensor.ndim - share.ndim))
+            found[name] = share.to(tensor).reshape(*share.shape, *[1] * (tensor.ndim + 1 - share.ndim))
         return found
 
     def within(self, low: float, high: float) -> Start:

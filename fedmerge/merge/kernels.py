@@ -1,0 +1,357 @@
+"""The arithmetic of a step of NP Merge, in one pass over memory, compiled or by PyTorch's operations.
+
+Every function works on one parameter as a matrix (rows, width), a row for each output channel, in place on what the
+caller owns. Directions d_k = θ_k − c are never stored: the models are read where they are, which may be mapped files.
+
+With the gradient g of the mixture, that of the coefficient of model k is f d_k ⊙ g (f a factor). Where coefficients are
+not tied, Adam's moments of all of them follow from g's alone, f d_k ⊙ m and (f d_k)² ⊙ v; so do their exact steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge.merge import native
+from fedmerge.merge.adam import EPSILON, FIRST, SECOND, Rates
+from fedmerge.merge.source import SOURCE
+
+TYPES = {torch.float32: "float", torch.float64: "double"}
+PART = 1 << 15
+
+
+@dataclass(frozen=True)
+class Directions:
+    """d_k = θ_k − c of one parameter.
+
+    Attributes:
+        models: θ_k, (rows, width) each, contiguous.
+        centre: c; None: 0.
+        factor: f, of the coefficients' gradients.
+    """
+
+    models: tuple[Tensor, ...]
+    centre: Tensor | None = None
+    factor: float = 1.0
+
+    def direction(self, index: int, part: slice = slice(None)) -> Tensor:
+        """Return d_k of some columns.
+
+        Args:
+            index: k.
+            part: the columns.
+        """
+        model = self.models[index][:, part]
+        return model if self.centre is None else model - self.centre[:, part]
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's running moments of a gradient.
+
+    Attributes:
+        first: m.
+        second: v.
+    """
+
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> Moments:
+        """Return the moments before the first step."""
+        return cls(torch.zeros_like(like), torch.zeros_like(like))
+
+    def add(self, gradient: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Add a step's gradient, and return the first moment and the root of the second, a fresh tensor.
+
+        Args:
+            gradient: of some columns.
+            part: the columns.
+        """
+        first = self.first[:, part].lerp_(gradient, 1 - FIRST)
+        second = self.second[:, part].mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
+        return first, second.sqrt()
+
+
+def span(
+    theta: Tensor,
+    moments: Moments,
+    gradient: Tensor,
+    directions: Directions,
+    start: Tensor,
+    rates: Rates,
+    beta: Tensor | None = None,
+) -> None:
+    """Move θ = start + Σ_k β_k ⊙ d_k by an Adam step of every β_k, which need not exist.
+
+    Args:
+        theta: θ, (rows, width).
+        moments: of dL/dθ.
+        gradient: dL/dθ.
+        directions: d_k.
+        start: θ at β = 0.
+        rates: of this step.
+        beta: β_k, (models, rows, width), moved as well; None: they are not kept.
+    """
+    call = _compiled("span", theta)
+    if call:
+        call(
+            *_sizes(theta),
+            *_given(directions),
+            ctypes.c_double(directions.factor),
+            _constants(rates),
+            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta)),
+        )
+        return
+    rate, epsilon = rates.in_units_of_root
+    for part in _parts(theta):
+        first, root = moments.add(gradient[:, part], part)
+        moved = theta[:, part]
+        if rates.keep != 1:
+            moved.sub_(start[:, part]).mul_(rates.keep).add_(start[:, part])
+        for index in range(len(directions)):
+            direction = directions.direction(index, part)
+            step = direction * first
+            step.div_(direction.abs().mul_(root).add_(epsilon / directions.factor))
+            moved.addcmul_(direction, step, value=rate)
+            if beta is not None:
+                beta[index][:, part].mul_(rates.keep).add_(step, alpha=rate)
+
+
+def box(
+    theta: Tensor,
+    moments: Moments,
+    gradient: Tensor,
+    directions: Directions,
+    start: Tensor,
+    rates: Rates,
+    beta: Tensor,
+    shares: Tensor,
+    bounds: tuple[float, float],
+) -> None:
+    """Move every β_k by Adam, bring each share_k + β_k back into the box, and set θ = start + Σ_k β_k ⊙ d_k.
+
+    Args:
+        theta: θ, (rows, width).
+        moments: of dL/dθ.
+        gradient: dL/dθ.
+        directions: d_k.
+        start: θ at β = 0.
+        rates: of this step.
+        beta: β_k, (models, rows, width).
+        shares: (models, rows) coefficients at β = 0; they sum to 1.
+        bounds: the least and the greatest coefficient.
+    """
+    call = _compiled("box", theta)
+    if call:
+        call(
+            *_sizes(theta),
+            *_given(directions),
+            ctypes.c_double(directions.factor),
+            _constants(rates),
+            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
+            *map(ctypes.c_double, bounds),
+        )
+        return
+    rate, epsilon = rates.in_units_of_root
+    for part in _parts(theta):
+        first, root = moments.add(gradient[:, part], part)
+        moved = beta[:, :, part]
+        for index in range(len(directions)):
+            direction = directions.direction(index, part)
+            denominator = direction.abs().mul_(root).add_(epsilon / directions.factor)
+            moved[index].mul_(rates.keep).addcdiv_(direction * first, denominator, value=rate)
+        _into_box(moved, shares[:, :, None], bounds)
+        theta[:, part] = start[:, part]
+        for index in range(len(directions)):
+            theta[:, part].addcmul_(directions.direction(index, part), moved[index])
+
+
+def channel(
+    theta: Tensor,
+    moments: Moments,
+    gradient: Tensor,
+    directions: Directions,
+    start: Tensor,
+    rates: Rates,
+    beta: Tensor,
+    shares: Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Move coefficients that a row shares by Adam, and set θ = start + Σ_k β_k ⊙ d_k.
+
+    Args:
+        theta: θ, (rows, width).
+        moments: of the coefficients' gradients, (models, rows).
+        gradient: dL/dθ.
+        directions: d_k.
+        start: θ at β = 0.
+        rates: of this step.
+        beta: β_k, (models, rows).
+        shares: (models, rows) coefficients at β = 0, which sum to 1; None: there are no bounds.
+        bounds: the least and the greatest coefficient.
+    """
+    call = _compiled("channel", theta)
+    if call:
+        call(
+            *_sizes(theta),
+            *_given(directions),
+            ctypes.c_double(directions.factor),
+            _constants(rates),
+            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
+            *map(ctypes.c_double, bounds),
+        )
+        return
+    rates.move(beta, moments.first, moments.second, products(gradient, directions))
+    if shares is not None:
+        _into_box(beta, shares, bounds)
+    mix(theta, directions, start, beta)
+
+
+def products(gradient: Tensor, directions: Directions) -> Tensor:
+    """Return the gradients (models, rows) of coefficients that a row shares, f d_k · g.
+
+    Args:
+        gradient: dL/dθ, (rows, width).
+        directions: d_k.
+    """
+    found = gradient.new_empty(len(directions), len(gradient))
+    call = _compiled("products", gradient)
+    if call:
+        call(
+            *_sizes(gradient),
+            *_given(directions),
+            ctypes.c_double(directions.factor),
+            *map(_pointer, (gradient, found)),
+        )
+        return found
+    for index in range(len(directions)):
+        torch.sum(directions.direction(index) * gradient, 1, out=found[index])
+    return found.mul_(directions.factor)
+
+
+def mix(theta: Tensor, directions: Directions, start: Tensor, beta: Tensor) -> None:
+    """Set θ = start + Σ_k β_k ⊙ d_k, with a coefficient for each row.
+
+    Args:
+        theta: θ, (rows, width).
+        directions: d_k.
+        start: θ at β = 0.
+        beta: (models, rows), contiguous.
+    """
+    call = _compiled("mix", theta)
+    if call:
+        call(*_sizes(theta), *_given(directions), *map(_pointer, (start, theta, beta)))
+        return
+    theta.copy_(start)
+    for index in range(len(directions)):
+        theta.addcmul_(directions.direction(index), beta[index][:, None])
+
+
+def pair(
+    theta: Tensor, moments: Moments, gradient: Tensor, raw: Tensor, first: Tensor, second: Tensor, rates: Rates
+) -> None:
+    """Move a by Adam, and set θ = σ(a) ⊙ A + (1 − σ(a)) ⊙ B; a's gradient is (A − B) ⊙ dL/dθ ⊙ σ(a)(1 − σ(a)).
+
+    Args:
+        theta: θ, (rows, width).
+        moments: of dL/da.
+        gradient: dL/dθ, which may be overwritten.
+        raw: a.
+        first: A.
+        second: B.
+        rates: of this step.
+    """
+    call = _compiled("pair", theta)
+    if call:
+        call(
+            *_sizes(theta),
+            *map(_pointer, (first, second)),
+            _constants(rates),
+            *map(_pointer, (theta, moments.first, moments.second, gradient, raw)),
+        )
+        return
+    for part in _parts(theta):
+        found = gradient[:, part].mul_(first[:, part] - second[:, part])
+        torch.ops.aten.sigmoid_backward(found, raw[:, part].sigmoid(), grad_input=found)
+    rates.move(raw, moments.first, moments.second, gradient)
+    for part in _parts(theta):
+        torch.lerp(second[:, part], first[:, part], raw[:, part].sigmoid(), out=theta[:, part])
+
+
+def onto_box(points: Tensor, low: float, high: float) -> Tensor:
+    """Return the nearest points that sum to 1 over the first dimension, with entries in [low, high].
+
+    They are clip(x_k − τ), and the sum falls piecewise linearly in τ: its piece is found by bisection among the 2K
+    values of τ where an entry reaches a bound, and τ in it by interpolation.
+
+    Args:
+        points: (models, …).
+        low: at most 1/K.
+        high: at least 1/K.
+
+    Example:
+        >>> onto_box(torch.tensor([1.5, 0.5, -3.0]), 0.0, 1.0)
+        tensor([1., 0., 0.])
+    """
+
+    def total(shift: Tensor) -> Tensor:
+        return (points - shift).clamp(low, high).sum(0, keepdim=True)
+
+    corners = torch.cat([points - high, points - low]).sort(0).values
+    left = torch.zeros_like(points[:1], dtype=torch.int64)
+    right = torch.full_like(left, len(corners) - 1)
+    for _ in range(len(corners).bit_length()):
+        middle = (left + right) // 2
+        is_before = total(corners.gather(0, middle)) >= 1
+        left, right = torch.where(is_before, middle, left), torch.where(is_before, right, middle)
+    start, end = corners.gather(0, left), corners.gather(0, right)
+    above, below = total(start), total(end)
+    falls = above - below
+    share = torch.where(falls > 0, (above - 1) / torch.where(falls > 0, falls, 1.0), 0.0).clamp(0, 1)
+    return (points - (start + share * (end - start))).clamp(low, high)
+
+
+def _into_box(beta: Tensor, share: Tensor, bounds: tuple[float, float]) -> None:
+    beta.copy_(onto_box(share + beta - beta.mean(0), *bounds) - share)
+
+
+def _parts(theta: Tensor) -> Iterator[slice]:
+    """Return columns of as many entries as stay in a processor's cache while several operations are done on them."""
+    size = PART if theta.device.type == "cpu" else theta.numel()
+    width = max(1, size // len(theta))
+    return (slice(place, place + width) for place in range(0, theta.shape[1], width))
+
+
+def _compiled(name: str, like: Tensor) -> Callable[..., Any] | None:
+    """Return the compiled function for tensors of a kind; None where there is none."""
+    if like.dtype not in TYPES or like.device.type != "cpu":
+        return None
+    library = native.library(f"using T = {TYPES[like.dtype]};\n{SOURCE}")
+    return None if library is None else getattr(library, name)
+
+
+def _sizes(theta: Tensor) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, (*theta.shape, torch.get_num_threads())))
+
+
+def _given(directions: Directions) -> tuple[Any, ...]:
+    pointers = [model.data_ptr() for model in directions.models]
+    return ctypes.c_int64(len(pointers)), (ctypes.c_void_p * len(pointers))(*pointers), _pointer(directions.centre)
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _constants(rates: Rates) -> Any:
+    return (ctypes.c_double * 6)(rates.rate, rates.root, rates.keep, FIRST, SECOND, EPSILON)

@@ -1,0 +1,98 @@
+"""Memory of merges: measured, foreseen, and spent on no copy of what lies in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from problems import problem_of, trained
+
+from fedmerge import memory
+from fedmerge.catalogue import MERGERS, resolve
+from fedmerge.memory import Peak, TooLarge, anonymous, available, require
+from fedmerge.oneshot import merge_updates
+from fedmerge.updatefiles import read_update, update_to_bytes
+
+SYSTEM = "MemTotal:  3000 kB\nMemAvailable:   2000 kB\n"
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with 2,000 kB free, in no group."""
+    (tmp_path / "meminfo").write_text(SYSTEM)
+    monkeypatch.setattr(memory, "SYSTEM", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    return tmp_path
+
+
+def test_what_is_available_is_the_least_of_the_systems_and_the_groups(system: Path) -> None:
+    assert available() == 2_048_000
+    (system / "memory.current").write_text("1000")
+    (system / "memory.max").write_text("max\n")
+    assert available() == 2_048_000
+    (system / "memory.max").write_text("5000\n")
+    assert available() == 4000
+    (system / "meminfo").unlink()
+    assert available() == 4000
+    (system / "memory.max").unlink()
+    assert available() is None
+    require(10**18, "anything", "nothing")
+
+
+@pytest.mark.usefixtures("system")
+def test_too_much_is_refused_with_the_numbers() -> None:
+    require(2_048_000, "it", "do less")
+    with pytest.raises(TooLarge, match=r"it needs at least 0\.01 GB of memory, and 0\.00 GB are available: do less"):
+        require(5_000_000, "it", "do less")
+
+
+def test_a_merge_that_cannot_have_its_memory_is_refused_before_it_begins(system: Path) -> None:
+    problem, updates = problem_of("mlp@0.5"), trained("mlp@0.5")
+    (system / "meminfo").write_text("MemAvailable: 1 kB\n")
+    for align, merge, purpose in (("identity", "np", "'np' of 3 models"), ("activations", "mean", "an alignment of 3")):
+        with pytest.raises(TooLarge, match=f"{purpose}.*which holds . such states, needs at least"):
+            merge_updates(problem, updates, align=align, merge=merge, seed=0)
+
+
+def test_the_peak_is_the_growth_inside_the_block() -> None:
+    if anonymous() is None:
+        pytest.skip("the system does not tell")
+    with Peak() as peak:
+        held = torch.ones(50_000_000)
+        del held
+    assert peak.bytes is not None
+    assert 0 <= peak.bytes < 300_000_000
+    with Peak() as peak:
+        held = torch.ones(50_000_000)
+    assert peak.bytes is not None
+    assert peak.bytes > 150_000_000
+    assert len(held) == 50_000_000
+
+
+def test_nothing_is_measured_where_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    with Peak() as peak:
+        pass
+    assert peak.bytes is None
+    problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1")
+    assert merge_updates(problem, updates, align="identity", merge="mean", seed=0).peak_bytes is None
+
+
+def test_updates_from_files_are_mapped_and_merge_to_the_same_bits(tmp_path: Path) -> None:
+    problem, updates = problem_of("mlp@0.5"), trained("mlp@0.5")
+    for update in updates:
+        (tmp_path / f"{update.partition_id}").write_bytes(update_to_bytes(update))
+    mapped = [read_update(tmp_path / f"{update.partition_id}") for update in updates]
+    for merge in ("mean", "np:groups=parameter:lrs=0.01:steps=20", "np-pairwise:lrs=0.1:steps=20"):
+        one, other = (merge_updates(problem, side, align="identity", merge=merge, seed=0) for side in (updates, mapped))
+        assert all(torch.equal(tensor, other.merged.state[name]) for name, tensor in one.merged.state.items())
+    for update, item in zip(updates, mapped, strict=True):
+        assert all(torch.equal(tensor, item.state[name]) for name, tensor in update.state.items())
+
+
+@pytest.mark.parametrize("name", ["np", "np:groups=in-out", "np:groups=coarse-to-fine", "np:form=box", "np-pairwise"])
+def test_what_is_held_grows_with_the_models_only_where_it_must(name: str) -> None:
+    merger = resolve("merger", name, MERGERS)
+    grows = merger.held(10) > merger.held(5)
+    assert grows is (name not in ("np", "np-pairwise"))
