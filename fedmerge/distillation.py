@@ -114,12 +114,14 @@ def distil(
         Candidate({"start": "fresh" if start is None else "family"}, lr, lambda: Weights(parameters)) for lr in LRS
     ]
     seed = fork(generator)
+    lessons = _taught(problem, lesson)
     found = []
-    for taught, share in _taught(problem, lesson):
+    for taught, share in lessons:
         chance = torch.Generator().manual_seed(seed)  # all see the same batches
         of_share = learn(taught, candidates, buffers, Schedule(steps=steps), generator=chance, task="distillation")
-        about = {} if share is None else {"label-share": share}
-        found.append(replace(of_share, diagnostics={**lesson.diagnostics, **about, **of_share.diagnostics}))
+        about = {**lesson.diagnostics, **({} if share is None else {"label-share": share}), **of_share.diagnostics}
+        about["candidates"] *= len(lessons)
+        found.append(replace(of_share, diagnostics=about))
     return min(found, key=lambda one: one.diagnostics["validation-loss"] or 0.0)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmerge.basis import Linear, Permutation, put_units_first, rebase, units_first
+from fedmerge.basis import Linear, Permutation, Resize, put_units_first, rebase, units_first
 from fedmerge.spaces import Axis, Site, Space
 from fedmerge.symmetry import symmetry
 
@@ -68,6 +68,23 @@ def test_a_dense_change_is_refused_where_weights_act_unit_by_unit() -> None:
     spaces = symmetry(model, torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"unit by unit.*fold"):
         rebase(model.state_dict(), spaces, [Linear(torch.eye(4))])
+
+
+def test_units_are_resized_by_one_matrix_for_writers_and_one_for_readers() -> None:
+    writing = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    reading = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    change = Resize(writing, reading)
+    weights = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    assert change.size == 2
+    assert change.write(weights).tolist() == change.scale(weights).tolist() == [[[1, 2]], [[3, 4]], [[1, 2]]]
+    assert change.read(weights).tolist() == [[[0.5, 1]], [[3, 4]], [[0.5, 1]]]
+    assert change.read(weights).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2,), (2,))])
+def test_resizing_needs_two_matrices_of_one_shape(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"two matrices \(units, units of the result\), got \("):
+        Resize(*(torch.zeros(shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1], [0, 1, 3], [1, 2, 3]])

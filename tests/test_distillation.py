@@ -95,6 +95,7 @@ def test_the_labels_share_is_chosen_by_the_known_classes() -> None:
     of = problem(500)
     found = student(of)
     assert found.diagnostics["label-share"] in (0.5, 0.0)
+    assert found.diagnostics["candidates"] == 6, "as many as fine-tuning has"
     loss = evaluate(of.model, [found.state], of.validation).loss
     assert found.diagnostics["validation-loss"] == pytest.approx(loss), "not by the targets, which are half a teacher's"
     assert loss <= evaluate(of.model, [trained(NAME)[0].state], of.validation).loss
