@@ -65,8 +65,12 @@ class Service:
         words = [re.sub(r"\$\{(\w+)\}", lambda found: environment[found[1]], word) for word in shlex.split(command)]
         self.host.path(directory).mkdir(parents=True, exist_ok=True)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        [pause], [_] = settings["RestartSec"], settings["Restart"]
         started = self.host.popen(
-            f"exec {shlex.join(words)}", environment=environment, directory=directory, log=self.log
+            f"until {shlex.join(words)}; do sleep {pause}; done",
+            environment=environment,
+            directory=directory,
+            log=self.log,
         )
         self.processes.append(started)
 
@@ -96,7 +100,7 @@ class Federation:
             "OMP_NUM_THREADS": "1",
         }
         for host in (network.server, *network.hosts.values()):
-            _install(host)
+            install(host)
 
     def follow(self, title: str, host: Host) -> str:
         """Run a block of the recipe at a host, and return its output."""
@@ -186,7 +190,7 @@ def write_images(folder: Path, number: int) -> None:
         Image.fromarray(digits.images[index].astype(np.uint8)).save(path)
 
 
-def _install(host: Host) -> None:
+def install(host: Host) -> None:
     """Let a host see this environment where the recipe installs one, and this checkout where it clones it."""
     for source, place in ((Path(sys.prefix), "/opt/fedmerge"), (ROOT, "/opt/fedmerge-source")):
         at = shlex.quote(str(source))

@@ -127,6 +127,8 @@ class RecordingGrid(Grid):
                 if message is None:  # a second reply, or one to a message of another round
                     logger.warning("node %d sent a reply that nothing waits for: left out", reply.metadata.src_node_id)
                     continue
+                if reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
+                    reply = Message(reply.error, reply_to=message)  # the SuperLink answers for a node that is gone
                 yield message, reply
             if waiting and time.monotonic() >= end:
                 nodes = ", ".join(str(message.metadata.dst_node_id) for message in waiting.values())

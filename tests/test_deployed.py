@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from hosts import Unsupported
-from rehearse import IMAGES_PER_SITE, SITES, SLOW_SITE, Federation, rehearsal
+import yaml
+from certificates import main as certificates
+from click.testing import CliRunner
+from hosts import Host, Unsupported
+from rehearse import IMAGES_PER_SITE, ROOT, SITES, SLOW_SITE, Federation, install, rehearsal
 
 from fedmerge.models import create
 from fedmerge.runs import Run
@@ -120,6 +127,7 @@ def test_a_client_killed_while_it_trains_and_one_that_never_answers_are_left_out
     federation.network.mend("site-2")
     assert clients(found) == [2, 3]
     assert len(refused(found)) == 2
+    assert all("Node Unavailable" in reason or "did not answer in time" in reason for reason in refused(found))
     again = Submitted(federation, "again", f"{PLAIN} --local-epochs 1 --timeout 300")
     assert clients(again.done()) == [0, 1, 2, 3]  # both take part again
 
@@ -210,3 +218,59 @@ def test_a_superlink_killed_during_and_after_the_merge_ends_in_the_same_bits(fed
     assert "holds this run, completed: fetch it" in after.failed()
     federation.run(federation.desk, f"fedmerge deploy fetch root@fl.example.org:{RUNS}/during --out /srv/during")
     assert Run.open(federation.desk.path("/srv/during")).results()[0]["status"] == "ok"
+
+
+@pytest.mark.long
+def test_the_containers_commands_run_the_app_natively(tmp_path: Path) -> None:
+    """Process isolation: SuperLink and SuperNode hold messages alone, and a SuperExec beside each runs the app."""
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    given = {"SUPERLINK": "localhost:8000", "NODE_CONFIG": "partition-id=0 num-partitions=1"}
+    environment = {
+        "PATH": f"/opt/fedmerge/bin:{os.environ['PATH']}",
+        "FLWR_HOME": "/var/lib/fedmerge/flower",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        host = Host("compose", tmp_path / "compose")
+    except (Unsupported, FileNotFoundError) as reason:
+        pytest.skip(str(reason))
+    try:
+        install(host)
+        keys = host.path("/etc/fedmerge")
+        for words in (["authority"], ["server", "--name", "superlink"], ["secret"], ["node", "site"]):
+            done = CliRunner().invoke(certificates, [words[0], str(keys), *words[1:]])
+            assert done.exit_code == 0, done.output
+        (keys / "nodes" / "site").rename(keys / "node.key")
+        host.path("/var/lib/fedmerge").mkdir(parents=True)
+
+        def start(name: str) -> None:
+            words = [
+                re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: given[found[1]], word) for word in services[name]["command"]
+            ]
+            command = shlex.join([f"flower-{services[name]['build']['target']}", *words])
+            log = tmp_path / f"{name}.log"
+            host.popen(f"exec {command}", environment=environment, directory="/var/lib/fedmerge", log=log)
+
+        def run(words: str) -> str:
+            source = {"PYTHONPATH": "/opt/fedmerge-source"}
+            return host.run(words, environment=environment | source, directory="/opt/fedmerge-source")
+
+        link = "--superlink localhost:8000 --root-certificates /etc/fedmerge/ca.crt"
+        start("superlink")
+        run("for i in $(seq 240); do ss -ltn | grep -q :8000 && exit 0; sleep 0.5; done; exit 1")
+        start("server-superexec")
+        run(f"fedmerge deploy register {link} /etc/fedmerge/nodes/site.pub")
+        start("supernode")
+        run("for i in $(seq 240); do ss -ltn | grep -q :9094 && exit 0; sleep 0.5; done; exit 1")
+        start("site-superexec")
+        run(
+            f"fedmerge deploy run {link} --clients 1 --min-completed 1 --align identity --merge mean --local-epochs 1 "
+            f"--timeout 300 --out {RUNS}/first"
+        )
+        [result] = Run.open(host.path(f"{RUNS}/first")).results()
+        assert result["status"] == "ok"
+    finally:
+        host.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from flwr.app import Message
+from flwr.app import Error, Message
 from grids import InProcessGrid, in_process
 
 from fedmerge import models
@@ -110,6 +110,17 @@ def test_an_answer_with_another_model_is_refused_by_name(tmp_path: Path) -> None
     [reason] = run.results()[0]["diagnostics"]["refused"]
     assert reason.startswith("client 1 (node 22)")
     assert "shape" in reason
+
+
+def test_a_node_that_the_superlink_finds_gone_is_named_once(tmp_path: Path) -> None:
+    def gone(replies: list[Message]) -> list[Message]:
+        error = Message(Error(3, "Node Unavailable"), reply_to=replies[1])
+        error.metadata.__dict__["_reply_to_message_id"] = replies[1].metadata.reply_to_message_id
+        error.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's
+        return [replies[0], error, *replies[2:]]
+
+    run = run_with(CONFIG, tmp_path / "run", gone)
+    assert run.results()[0]["diagnostics"]["refused"] == ["Node Unavailable (node 22)"]
 
 
 def deployed(config: Config, folder: Path, nodes: Sequence[int] = NODES, mute: Sequence[int] = ()) -> list[int]:

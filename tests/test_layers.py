@@ -191,7 +191,7 @@ ONLY_IN = {
     "matplotlib": {"figures", "report"},
     "jinja2": {"report"},
     "rich": {"console", "tables"},
-    "click": {"cli", "preparation"},
+    "click": {"cli", "deploycli", "options", "preparation"},
     "filelock": {"datafiles", "runs"},
 }
 BROUGHT = {"ray": "flwr", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
