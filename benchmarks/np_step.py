@@ -20,8 +20,9 @@ from fedmerge.merge.average import mean_state
 from fedmerge.merge.coordinates import Coordinates, Weights
 from fedmerge.merge.descent import gradients, split_state
 from fedmerge.merge.mixture import AffineMixture
+from fedmerge.merge.pair import SigmoidPair
 from fedmerge.merge.starts import Start
-from fedmerge.merge.streamed import Box, Channels, Ingredients, SigmoidPair, Span
+from fedmerge.merge.streamed import Box, Channels, Ingredients, Span
 from fedmerge.models import create
 from fedmerge.problem import Examples, Problem
 

@@ -193,19 +193,23 @@ class _Sums:
     def add(self, index: int, features: Tensor) -> None:
         """Add a model's features to its own sums."""
         shift = self.shifts.setdefault(index, features.mean(0))
-        total = torch.zeros_like(shift)
+        total, product = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
         for part in torch.split(features, ROWS):
-            total += (part - shift).sum(0)
+            shifted = part - shift
+            total += shifted.sum(0)
+            product.addmm_(shifted.T, shifted)
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
-        self.compare(index, index, features, features)
+        self._keep(index, index, product)
 
     def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
         """Add the products of two models' shifted features."""
         product = ours.new_zeros(ours.shape[1], theirs.shape[1])
         for one, other in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
-            shifted = one - self.shifts[first]
-            product.addmm_(shifted.T, shifted if first == second else other - self.shifts[second])
+            product.addmm_((one - self.shifts[first]).T, other - self.shifts[second])
+        self._keep(first, second, product)
+
+    def _keep(self, first: int, second: int, product: Tensor) -> None:
         self.second[first, second] = self.second.get((first, second), 0.0) + product.cpu().double()
 
     def joint(self) -> Joint:

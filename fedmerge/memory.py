@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from fedmerge.errors import FedmergeError
+from fedmerge.state import StateDict, num_bytes
 
 STATUS = Path("/proc/self/status")
 SYSTEM = Path("/proc/meminfo")
@@ -88,6 +89,24 @@ class Peak:
         now = anonymous()
         if now is not None and self._before is not None:
             self.bytes = max(self.bytes or 0, now - self._before)
+
+
+def foreseen(model: StateDict, states: int, purpose: str) -> Peak:
+    """Return what measures a piece of work, or refuse it.
+
+    Args:
+        model: what it works on; only on CPUs is anything refused.
+        states: how many states of the model's size it holds, at least.
+        purpose: what it is.
+
+    Raises:
+        TooLarge: if there is not as much memory.
+    """
+    size = num_bytes(model)
+    if all(tensor.device.type == "cpu" for tensor in model.values()):
+        advice = "merge on a larger machine, or by coefficients of whole channels (np:groups=channel), not aligned"
+        require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", advice)
+    return Peak()
 
 
 def _entry(path: Path, name: str) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
 from fedmerge.conforming import conformed
-from fedmerge.memory import Peak, require
+from fedmerge.memory import foreseen
 from fedmerge.merge.best import best_client
 from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
@@ -20,7 +20,7 @@ from fedmerge.screening import Screening
 from fedmerge.screening import screen as screen_clients
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError, known
-from fedmerge.state import StateDict, num_bytes
+from fedmerge.state import StateDict
 from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
@@ -222,8 +222,8 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     if align != "identity" and len(ordered) > 1:
         reference, losses = best_client(problem, ordered)
         diagnostics["reference"] = ordered[reference].partition_id
-    _require(problem, len(states) if align != "identity" else 0, f"an alignment of {len(states)} models")
-    with Peak() as peak:
+    copies = 0 if align == "identity" else len(states)
+    with foreseen(problem.model.state_dict(), copies, f"an alignment of {copies} models") as peak:
         found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
     if any(update.statistics for update in ordered):
@@ -256,8 +256,7 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
     merger = resolve("merger", merge, MERGERS)
     count = len(alignment.updates)
     held = getattr(merger, "held", None)
-    _require(problem, held(count) if held else 1, f"'{merge}' of {count} models")
-    with Peak() as peak:
+    with foreseen(problem.model.state_dict(), held(count) if held else 1, f"'{merge}' of {count} models") as peak:
         found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
     seconds = alignment.seconds + time.perf_counter() - started
     logger.info("merged %d models by '%s' in %.1f s", len(alignment.updates), merge, seconds)
@@ -275,16 +274,6 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
         seconds,
         peak_bytes=None if peak.bytes is None else max(peak.bytes, alignment.peak_bytes or 0),
     )
-
-
-def _require(problem: Problem, states: int, purpose: str) -> None:
-    """Refuse what holds more states of the model's size than memory does."""
-    size = num_bytes(problem.model.state_dict())
-    if problem.data.images.device.type == "cpu":
-        advice = (
-            "merge on a larger machine, or by coefficients of whole channels (np:groups=channel) without an alignment"
-        )
-        require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", advice)
 
 
 def _following(problem: Problem, update: Update, found: Aligned, place: int) -> Mapping[str, StateDict]:

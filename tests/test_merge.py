@@ -16,7 +16,7 @@ from fedmerge.merge.descent import Candidate, Weights, descend, split_state
 from fedmerge.merge.finetune import FineTune, fresh_state
 from fedmerge.merge.mixture import AffineMixture
 from fedmerge.merge.nonuniform import GROUPS, NPMerge, PairwiseNPMerge
-from fedmerge.merge.streamed import SigmoidPair
+from fedmerge.merge.pair import SigmoidPair
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Merger, Problem, Update
 from fedmerge.train import batches, evaluate

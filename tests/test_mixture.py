@@ -15,9 +15,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge.merge.average import Average, mean_state
+from fedmerge.merge.box import onto_box
 from fedmerge.merge.descent import Candidate, Schedule, Weights, descend
 from fedmerge.merge.finetune import FineTune
-from fedmerge.merge.kernels import onto_box
 from fedmerge.merge.learning import BACK_OFFS
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.nonuniform import FORMS, ORDERS, NPMerge, PairwiseNPMerge, ranking

@@ -17,14 +17,16 @@ from torch import Tensor
 from fedmerge.merge import kernels, native
 from fedmerge.merge.adam import Adam
 from fedmerge.merge.average import mean_state
+from fedmerge.merge.box import onto_box
 from fedmerge.merge.coordinates import Coordinates, Weights
 from fedmerge.merge.descent import Candidate, Schedule, descend
-from fedmerge.merge.kernels import Directions, Moments
+from fedmerge.merge.directions import Directions, Moments
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.nonuniform import NPMerge, PairwiseNPMerge
+from fedmerge.merge.pair import SigmoidPair
 from fedmerge.merge.source import SOURCE
 from fedmerge.merge.starts import Start
-from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, SigmoidPair, Span, Tied
+from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, Span, Tied
 
 BOUNDS = {"box": (-0.1, 0.7), "simplex": (0.0, 1.0)}
 FORMS = ("affine", "shrink", "box", "simplex", "free")
@@ -164,7 +166,7 @@ def test_the_compiled_box_is_the_nearest_point(count: int, width: int, low: floa
     directions = Directions(tuple(torch.zeros_like(theta) for _ in range(count)))
     given_ = Moments.zeros(theta), torch.zeros_like(theta), directions, torch.zeros_like(theta), Adam(0.1).rates(1)
     kernels.box(theta, *given_, beta, shares, (low, high))
-    expected = kernels.onto_box(shares[:, :, None] + points - points.mean(0), low, high)
+    expected = onto_box(shares[:, :, None] + points - points.mean(0), low, high)
     torch.testing.assert_close(beta + shares[:, :, None], expected, rtol=1e-9, atol=1e-9)
 
 

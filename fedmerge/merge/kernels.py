@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,67 +18,12 @@ from torch import Tensor
 
 from fedmerge.merge import native
 from fedmerge.merge.adam import EPSILON, FIRST, SECOND, Rates
+from fedmerge.merge.box import into_box
+from fedmerge.merge.directions import Directions, Moments
 from fedmerge.merge.source import SOURCE
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
 PART = 1 << 15
-
-
-@dataclass(frozen=True)
-class Directions:
-    """d_k = θ_k − c of one parameter.
-
-    Attributes:
-        models: θ_k, (rows, width) each, contiguous.
-        centre: c; None: 0.
-        factor: f, of the coefficients' gradients.
-    """
-
-    models: tuple[Tensor, ...]
-    centre: Tensor | None = None
-    factor: float = 1.0
-
-    def direction(self, index: int, part: slice = slice(None)) -> Tensor:
-        """Return d_k of some columns.
-
-        Args:
-            index: k.
-            part: the columns.
-        """
-        model = self.models[index][:, part]
-        return model if self.centre is None else model - self.centre[:, part]
-
-    def __len__(self) -> int:
-        return len(self.models)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Adam's running moments of a gradient.
-
-    Attributes:
-        first: m.
-        second: v.
-    """
-
-    first: Tensor
-    second: Tensor
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> Moments:
-        """Return the moments before the first step."""
-        return cls(torch.zeros_like(like), torch.zeros_like(like))
-
-    def add(self, gradient: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Add a step's gradient, and return the first moment and the root of the second, a fresh tensor.
-
-        Args:
-            gradient: of some columns.
-            part: the columns.
-        """
-        first = self.first[:, part].lerp_(gradient, 1 - FIRST)
-        second = self.second[:, part].mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
-        return first, second.sqrt()
 
 
 def span(
@@ -170,7 +114,7 @@ def box(
             direction = directions.direction(index, part)
             denominator = direction.abs().mul_(root).add_(epsilon / directions.factor)
             moved[index].mul_(rates.keep).addcdiv_(direction * first, denominator, value=rate)
-        _into_box(moved, shares[:, :, None], bounds)
+        into_box(moved, shares[:, :, None], bounds)
         theta[:, part] = start[:, part]
         for index in range(len(directions)):
             theta[:, part].addcmul_(directions.direction(index, part), moved[index])
@@ -213,7 +157,7 @@ def channel(
         return
     rates.move(beta, moments.first, moments.second, products(gradient, directions))
     if shares is not None:
-        _into_box(beta, shares, bounds)
+        into_box(beta, shares, bounds)
     mix(theta, directions, start, beta)
 
 
@@ -286,43 +230,6 @@ def pair(
     rates.move(raw, moments.first, moments.second, gradient)
     for part in _parts(theta):
         torch.lerp(second[:, part], first[:, part], raw[:, part].sigmoid(), out=theta[:, part])
-
-
-def onto_box(points: Tensor, low: float, high: float) -> Tensor:
-    """Return the nearest points that sum to 1 over the first dimension, with entries in [low, high].
-
-    They are clip(x_k − τ), and the sum falls piecewise linearly in τ: its piece is found by bisection among the 2K
-    values of τ where an entry reaches a bound, and τ in it by interpolation.
-
-    Args:
-        points: (models, …).
-        low: at most 1/K.
-        high: at least 1/K.
-
-    Example:
-        >>> onto_box(torch.tensor([1.5, 0.5, -3.0]), 0.0, 1.0)
-        tensor([1., 0., 0.])
-    """
-
-    def total(shift: Tensor) -> Tensor:
-        return (points - shift).clamp(low, high).sum(0, keepdim=True)
-
-    corners = torch.cat([points - high, points - low]).sort(0).values
-    left = torch.zeros_like(points[:1], dtype=torch.int64)
-    right = torch.full_like(left, len(corners) - 1)
-    for _ in range(len(corners).bit_length()):
-        middle = (left + right) // 2
-        is_before = total(corners.gather(0, middle)) >= 1
-        left, right = torch.where(is_before, middle, left), torch.where(is_before, right, middle)
-    start, end = corners.gather(0, left), corners.gather(0, right)
-    above, below = total(start), total(end)
-    falls = above - below
-    share = torch.where(falls > 0, (above - 1) / torch.where(falls > 0, falls, 1.0), 0.0).clamp(0, 1)
-    return (points - (start + share * (end - start))).clamp(low, high)
-
-
-def _into_box(beta: Tensor, share: Tensor, bounds: tuple[float, float]) -> None:
-    beta.copy_(onto_box(share + beta - beta.mean(0), *bounds) - share)
 
 
 def _parts(theta: Tensor) -> Iterator[slice]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmerge.merge.box import onto_box
 from fedmerge.merge.coordinates import Pulled
-from fedmerge.merge.kernels import onto_box
 
 GROUPS = ("model", "tensor", "channel", "parameter")
 COARSE_TO_FINE = ("tensor", "channel", "parameter")

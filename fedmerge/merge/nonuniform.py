@@ -26,8 +26,9 @@ from fedmerge.merge.descent import Candidate, Schedule, check_budget, split_stat
 from fedmerge.merge.learning import learn
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.objective import Objective
+from fedmerge.merge.pair import SigmoidPair
 from fedmerge.merge.starts import STARTS, starting
-from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, SigmoidPair, Span, Tied
+from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, Span, Tied
 from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
 from fedmerge.state import StateDict
 from fedmerge.train import evaluate

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.best import best_client
+from fedmerge.merge.box import onto_box
 from fedmerge.merge.heads import find_head, head_rows
-from fedmerge.merge.kernels import onto_box
 from fedmerge.merge.teacher import class_weights, known_counts
 from fedmerge.problem import Problem, Update
 from fedmerge.state import StateDict
