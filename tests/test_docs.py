@@ -75,6 +75,7 @@ def test_links_lead_somewhere() -> None:
         *(ROOT / "docs").glob("*.md"),
         *ROOT.glob("*/README.md"),
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
     ):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
