@@ -66,13 +66,8 @@ class Service:
         self.host.path(directory).mkdir(parents=True, exist_ok=True)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         [pause], [_] = settings["RestartSec"], settings["Restart"]
-        started = self.host.popen(
-            f"until {shlex.join(words)}; do sleep {pause}; done",
-            environment=environment,
-            directory=directory,
-            log=self.log,
-        )
-        self.processes.append(started)
+        kept = f"until {shlex.join(words)}; do sleep {pause}; done"
+        self.processes.append(self.host.popen(kept, environment=environment, directory=directory, log=self.log))
 
     def kill(self) -> None:
         """Kill the unit's processes at once (kill -9 of its control group: here, of all but the host's first)."""
