@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -47,12 +46,11 @@ exec cp $words
 
 @dataclass
 class Service:
-    """A unit file, started as systemd would start it."""
+    """A unit file, started as systemd would start it, and started again when it ends."""
 
     host: Host
     name: str
     log: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the unit's command."""
@@ -65,14 +63,9 @@ class Service:
         words = [re.sub(r"\$\{(\w+)\}", lambda found: environment[found[1]], word) for word in shlex.split(command)]
         self.host.path(directory).mkdir(parents=True, exist_ok=True)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        [pause], [_] = settings["RestartSec"], settings["Restart"]
-        kept = f"until {shlex.join(words)}; do sleep {pause}; done"
-        self.processes.append(self.host.popen(kept, environment=environment, directory=directory, log=self.log))
-
-    def kill(self) -> None:
-        """Kill the unit's processes at once (kill -9 of its control group: here, of all but the host's first)."""
-        self.host.run("kill -9 -1", allow_failure=True)
-        self.processes.pop().wait()
+        [pause] = settings["RestartSec"]
+        kept = f"while :; do {shlex.join(words)}; sleep {pause}; done"
+        self.host.popen(kept, environment=environment, directory=directory, log=self.log)
 
 
 class Federation:
@@ -86,7 +79,7 @@ class Federation:
     def __init__(self, network: Network, blocks: dict[str, str], tools: Path) -> None:
         self.network, self.blocks = network, blocks
         self.desk = network.hosts["desk"]
-        self.services: dict[str, Service] = {}
+        self.services: list[Service] = []
         self._environment = {
             "PATH": f"{tools}:/opt/fedmerge/bin:{os.environ['PATH']}",
             "HOME": "/root",
@@ -116,15 +109,30 @@ class Federation:
 
     def start(self, host: Host, unit: str) -> None:
         """Start a unit at a host."""
-        self.services[host.name] = service = Service(host, unit, host.folder / f"{unit}.log")
+        service = Service(host, unit, host.folder / f"{unit}.log")
+        self.services.append(service)
         service.start()
-        if host is self.network.server:
+        self._wait(host, unit)
+
+    def kill(self, host: Host) -> None:
+        """Kill all processes of a host at once (kill -9)."""
+        host.run("kill -9 -1", allow_failure=True)
+
+    def start_again(self, host: Host) -> None:
+        """Start a host's units after it was killed, as at the start of its machine."""
+        for service in self.services:
+            if service.host is host:
+                service.start()
+                self._wait(host, service.name)
+
+    def _wait(self, host: Host, unit: str) -> None:
+        if unit == "fedmerge-superlink":
             self.run(host, "for i in $(seq 240); do ss -ltn | grep -q :8000 && exit 0; sleep 0.5; done; exit 1")
 
     def logs(self) -> str:
         """Return the ends of the services' logs."""
-        services = self.services.values()
-        return "\n".join(f"--- {item.host.name}\n{item.log.read_text(errors='replace')[-4000:]}" for item in services)
+        logs = [(item.host.name, item.name, item.log.read_text(errors="replace")[-4000:]) for item in self.services]
+        return "\n".join(f"--- {host}, {unit}\n{text}" for host, unit, text in logs)
 
 
 def read_unit(path: Path) -> dict[str, list[str]]:

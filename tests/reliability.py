@@ -51,6 +51,9 @@ FAULTS: dict[str, dict[str, list[str]]] = {
         "SuperLink killed during and after the merge": [
             "test_deployed.py::test_a_superlink_killed_during_and_after_the_merge_ends_in_the_same_bits"
         ],
+        "SuperExec dies": [
+            "test_deployed.py::test_a_superexec_that_died_is_started_again_and_runs_do_not_wait_for_ever"
+        ],
         "Server dies in any round": [
             "test_faults.py::test_a_run_that_is_submitted_again_goes_on_where_its_server_died",
             "test_faults.py::test_what_sites_sent_before_they_went_away_is_merged",

@@ -59,6 +59,7 @@ def test_a_units_command_has_options_that_flower_has(unit: Path) -> None:
     kind = Path(words[0]).name.removeprefix("flower-")
     PARSERS[kind]().parse_args(words[1:])
     assert settings["User"] == ["fedmerge"]
+    assert settings["Restart"] == ["always"]
     assert "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1" in settings["Environment"]
 
 

@@ -115,21 +115,74 @@ def test_the_recipe_gives_a_merged_model_at_the_desk_of_the_sites_own_data(feder
     assert not (keys / "nodes").exists(), "a site's private key has never left it"
 
 
+def restart(federation: Federation) -> None:
+    """Let the server lose its power, and come back; wait until its sites are back too."""
+    server = federation.network.server
+    federation.kill(server)
+    federation.start_again(server)
+    status = f"fedmerge deploy status {LINK} --json"
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        nodes = json.loads(federation.run(federation.desk, status).splitlines()[-1])["nodes"]
+        if [node["status"] for node in nodes].count("online") == len(SITES):
+            return
+        time.sleep(3)
+    raise TimeoutError(federation.logs())
+
+
+def times(run: Submitted) -> dict[str, int]:
+    folder = run.folder / "updates/seed-0/round-1"
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
 @pytest.mark.long
-def test_a_client_killed_while_it_trains_and_one_that_never_answers_are_left_out(federation: Federation) -> None:
-    run = Submitted(federation, "killed", f"{PLAIN} --local-epochs 500 --timeout 240")
-    run.wait_until(lambda: in_training(federation, "site-2"))
-    federation.network.cut("site-2")
-    run.wait_until(lambda: in_training(federation, "site-1"))
-    federation.services["site-1"].kill()
-    federation.services["site-1"].start()  # the SuperNode is back at once, under its id; its work is lost
-    found = run.done()
-    federation.network.mend("site-2")
-    assert clients(found) == [2, 3]
-    assert len(refused(found)) == 2
-    assert all("Node Unavailable" in reason or "did not answer in time" in reason for reason in refused(found))
-    again = Submitted(federation, "again", f"{PLAIN} --local-epochs 1 --timeout 150")
-    assert {0, 2, 3} <= set(clients(again.done()))  # with a broken connection, site-2 may need minutes to be back
+def test_a_superexec_that_died_is_started_again_and_runs_do_not_wait_for_ever(federation: Federation) -> None:
+    federation.network.server.run(
+        "kill -9 $(grep -l flower-superexec /proc/[0-9]*/cmdline | cut -d/ -f3)", allow_failure=True
+    )
+    run = Submitted(federation, "superexec", f"{PLAIN} --local-epochs 1 --timeout 240")
+    assert len(clients(run.done())) >= 3
+
+
+@pytest.mark.long
+def test_a_superlink_killed_during_and_after_the_merge_ends_in_the_same_bits(federation: Federation) -> None:
+    options = "--align identity --merge np:steps=3000 --local-epochs 1 --timeout 400"
+    whole = Submitted(federation, "whole", options).done()
+    run = Submitted(federation, "during", options)
+    run.wait_until(lambda: run.arrived(0, 1, 2, 3))
+    there = times(run)
+    restart(federation)
+    assert run.failed()
+    assert Run.open(run.folder).results() == []
+    again = Submitted(federation, "during", options)
+    found = again.done()
+    assert times(run) == there
+    first, second = (read_checkpoint(next((item.path / "models").rglob("*.safetensors")))[0] for item in (whole, found))
+    assert all(tensor.equal(second[key]) for key, tensor in first.items())
+    restart(federation)
+    after = Submitted(federation, "during", options)
+    assert "holds this run, completed: fetch it" in after.failed()
+    federation.run(federation.desk, f"fedmerge deploy fetch root@fl.example.org:{RUNS}/during --out /srv/during")
+    assert Run.open(federation.desk.path("/srv/during")).results()[0]["status"] == "ok"
+
+
+@pytest.mark.long
+def test_a_superlink_killed_before_the_merge_goes_on_with_what_has_arrived(federation: Federation) -> None:
+    options = f"{PLAIN} --local-epochs 20 --timeout 400"
+    first = Submitted(federation, "before", options)
+    first.wait_until(lambda: in_training(federation, "site-3"))
+    federation.network.cut("site-3")  # so that the round is not over
+    first.wait_until(lambda: first.arrived(0, 1))
+    second = Submitted(federation, "before", options)
+    assert "another process is writing into" in second.failed()
+    there = times(first)
+    federation.kill(federation.network.server)
+    federation.network.mend("site-3")
+    assert first.failed()
+    restart(federation)
+    found = Submitted(federation, "before", options).done()
+    assert clients(found) == [0, 1, 2, 3]
+    assert there.items() <= times(first).items()  # who had answered was not asked again
 
 
 @pytest.mark.parametrize("model", [pytest.param("mlp@16", id="17 MB"), pytest.param("mlp@48", id="153 MB")])
@@ -159,65 +212,21 @@ def test_an_upload_whose_link_is_cut_in_the_middle_arrives_whole_or_not_at_all(
         assert len(refused(found)) == 1
 
 
-def restart(federation: Federation) -> None:
-    """Let the server lose its power, and come back; wait until its sites are back too."""
-    server = federation.network.server
-    federation.services["server"].kill()
-    federation.start(server, "fedmerge-superlink")
-    status = f"fedmerge deploy status {LINK} --json"
-    end = time.monotonic() + 240
-    while time.monotonic() < end:
-        nodes = json.loads(federation.run(federation.desk, status).splitlines()[-1])["nodes"]
-        if [node["status"] for node in nodes].count("online") == len(SITES):
-            return
-        time.sleep(3)
-    raise TimeoutError(federation.logs())
-
-
-def times(run: Submitted) -> dict[str, int]:
-    folder = run.folder / "updates/seed-0/round-1"
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-
-
 @pytest.mark.long
-def test_a_superlink_killed_before_the_merge_goes_on_with_what_has_arrived(federation: Federation) -> None:
-    options = f"{PLAIN} --local-epochs 20 --timeout 400"
-    first = Submitted(federation, "before", options)
-    first.wait_until(lambda: in_training(federation, "site-3"))
-    federation.network.cut("site-3")  # so that the round is not over
-    first.wait_until(lambda: first.arrived(0, 1))
-    second = Submitted(federation, "before", options)
-    assert "another process is writing into" in second.failed()
-    there = times(first)
-    federation.services["server"].kill()
-    federation.network.mend("site-3")
-    assert first.failed()
-    restart(federation)
-    found = Submitted(federation, "before", options).done()
-    assert clients(found) == [0, 1, 2, 3]
-    assert there.items() <= times(first).items()  # who had answered was not asked again
-
-
-@pytest.mark.long
-def test_a_superlink_killed_during_and_after_the_merge_ends_in_the_same_bits(federation: Federation) -> None:
-    options = "--align identity --merge np:steps=3000 --local-epochs 1 --timeout 400"
-    whole = Submitted(federation, "whole", options).done()
-    run = Submitted(federation, "during", options)
-    run.wait_until(lambda: run.arrived(0, 1, 2, 3))
-    there = times(run)
-    restart(federation)
-    assert run.failed()
-    assert Run.open(run.folder).results() == []
-    again = Submitted(federation, "during", options)
-    found = again.done()
-    assert times(run) == there
-    first, second = (read_checkpoint(next((item.path / "models").rglob("*.safetensors")))[0] for item in (whole, found))
-    assert all(tensor.equal(second[key]) for key, tensor in first.items())
-    restart(federation)
-    after = Submitted(federation, "during", options)
-    assert "holds this run, completed: fetch it" in after.failed()
-    federation.run(federation.desk, f"fedmerge deploy fetch root@fl.example.org:{RUNS}/during --out /srv/during")
-    assert Run.open(federation.desk.path("/srv/during")).results()[0]["status"] == "ok"
+def test_a_client_killed_while_it_trains_and_one_that_never_answers_are_left_out(federation: Federation) -> None:
+    run = Submitted(federation, "killed", f"{PLAIN} --local-epochs 500 --timeout 240")
+    run.wait_until(lambda: in_training(federation, "site-2"))
+    federation.network.cut("site-2")
+    run.wait_until(lambda: in_training(federation, "site-1"))
+    federation.kill(federation.network.hosts["site-1"])
+    federation.start_again(federation.network.hosts["site-1"])  # at once, under its id; its work is lost
+    found = run.done()
+    federation.network.mend("site-2")
+    assert clients(found) == [2, 3]
+    assert len(refused(found)) == 2
+    assert all("Node Unavailable" in reason or "did not answer in time" in reason for reason in refused(found))
+    again = Submitted(federation, "again", f"{PLAIN} --local-epochs 1 --timeout 150")
+    assert {0, 2, 3} <= set(clients(again.done()))  # with a broken connection, site-2 may need minutes to be back
 
 
 @pytest.mark.long
