@@ -1,0 +1,189 @@
+"""A round of a simulation on Ray, against the bare loop over the same clients: one process, one thread, plain PyTorch.
+
+Rounds of both follow each other. Ours counts the CPU time of the whole process tree, from the last merged model to the
+next: messages, training in the actors, FedAvg. What is not of a round is left out: start, evaluation, the run folder.
+With one image a client there is next to nothing to train: what is left over is what a client costs by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from _measure import Row, Timing, main
+from flwr.app import ConfigRecord
+from torch.nn import functional
+
+from fedmerge import federation, models
+from fedmerge.config import Config
+from fedmerge.federation import Federation
+from fedmerge.seeds import derive
+from fedmerge.simulation import simulation
+from fedmerge.sitedata import ImageFormat
+from fedmerge.strategy import OneShotMerge
+from fedmerge.wire import arrays_from_state
+
+TICKS = os.sysconf("SC_CLK_TCK")
+COMMON = Config(
+    data="fashion-mnist",
+    split="development",
+    local_epochs="1",
+    init="shared",
+    align="identity",
+    merge="fedavg",
+    screen="off",
+    min_client_examples=1,
+)
+
+
+@dataclass
+class Rounds:
+    """What is measured after each merge.
+
+    Attributes:
+        floor: trains all clients in this process.
+        ours: CPU and wall seconds of each round of ours.
+        bare: of each run of the floor.
+    """
+
+    floor: Callable[[], object]
+    ours: list[tuple[float, float]] = field(default_factory=list)
+    bare: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.before = _now()
+
+    def __call__(self, *_: object) -> None:
+        """Note the round that has ended, and run the floor."""
+        after = _now()
+        self.ours.append((after[0] - self.before[0], after[1] - self.before[1]))
+        began = time.process_time(), time.perf_counter()
+        self.floor()
+        self.bare.append((time.process_time() - began[0], time.perf_counter() - began[1]))
+        self.before = _now()
+
+
+def tree_seconds() -> float:
+    """Return the user and system time of this process and all that descend from it, ended ones included."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    seconds: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        children[int(fields[1])].append(int(stat.parent.name))
+        seconds[int(stat.parent.name)] = sum(map(int, fields[11:15])) / TICKS
+    found, left = 0.0, [os.getpid()]
+    while left:
+        process = left.pop()
+        found += seconds.get(process, 0.0)
+        left += children[process]
+    return found
+
+
+def bare_loop(config: Config, examples: Federation) -> Callable[[], object]:
+    """Return a loop over the clients that trains each for an epoch, as one would write it without a framework.
+
+    Args:
+        config: the federation's configuration.
+        examples: its images, which the loop has in memory.
+    """
+    model = _model(config, examples)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = [examples.client(number) for number in range(config.clients)]
+
+    def run() -> None:
+        for client in data:
+            model.load_state_dict(start)
+            optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, foreach=True)
+            for index in torch.split(torch.randperm(len(client)), config.batch_size):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(client.images[index]), client.labels[index])
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+    model.train()
+    return run
+
+
+def measured(config: Config, repeats: int) -> tuple[Timing, Timing]:
+    """Return ours and the bare loop, round by round; the first round, which starts the actors, does not count.
+
+    Args:
+        config: the federation's configuration.
+        repeats: rounds that count.
+    """
+    examples = federation.load(config)
+    rounds = Rounds(bare_loop(config, examples))
+    model = _model(config, examples)
+    with simulation(config, examples) as grid:
+        strategy = OneShotMerge(
+            model,
+            examples.server.images,
+            examples.server.labels,
+            align=config.align,
+            merge=config.merge,
+            screen=config.screen,
+            min_completed=config.clients,
+            min_train_nodes=config.clients,
+            on_round=rounds,
+            ttl=config.timeout,
+        )
+        told = ConfigRecord(ImageFormat.of(examples.dataset).to_mapping())
+        strategy.start(
+            grid, initial_arrays=arrays_from_state(model.state_dict()), num_rounds=repeats + 1, train_config=told
+        )
+    ours, bare = [zip(*measurements[1:], strict=True) for measurements in (rounds.ours, rounds.bare)]
+    return Timing(*map(tuple, ours)), Timing(*map(tuple, bare))
+
+
+def benchmark(quick: bool) -> list[Row]:
+    """Return a row for each federation."""
+    cases = {
+        "cnn, Dirichlet(0.3)": COMMON.replace(model="cnn", clients=100, client_examples=20_000),
+        "mlp, Dirichlet(0.3)": COMMON.replace(model="mlp", clients=100, client_examples=20_000),
+    } | {
+        f"mlp@0.05, 1 image each, {clients} clients": COMMON.replace(
+            model="mlp@0.05", clients=clients, client_examples=clients, partition="iid"
+        )
+        for clients in (100, 1_000)
+    }
+    if quick:
+        cases = {"mlp@0.05, 1 image each": COMMON.replace(clients=4, client_examples=4, partition="iid", data="digits")}
+    rows: list[Row] = []
+    for name, config in cases.items():
+        ours, bare = measured(config, 1 if quick else 3)
+        pairs = list(zip(ours.cpu, bare.cpu, strict=True))
+        over = sorted((mine - floor) / config.clients for mine, floor in pairs)[len(pairs) // 2]
+        rows.append(
+            {
+                "federation": name,
+                "round, CPU ms": ours.milliseconds,
+                "bare loop, CPU ms": bare.milliseconds,
+                "ratio": ours.over(bare),
+                "more, CPU ms a client": f"{1e3 * over:.2f}",
+                "round, wall s": f"{sorted(ours.wall)[len(ours.wall) // 2]:.2f}",
+            }
+        )
+    return rows
+
+
+def _model(config: Config, examples: Federation) -> torch.nn.Module:
+    shape, num_classes = examples.dataset.shape, len(examples.classes)
+    return models.create(config.model, shape=shape, num_classes=num_classes, seed=derive(config.seed, "init"))
+
+
+def _now() -> tuple[float, float]:
+    return tree_seconds(), time.perf_counter()
+
+
+if __name__ == "__main__":
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    main(__doc__, benchmark)
