@@ -117,6 +117,7 @@ class Federation:
     def kill(self, host: Host) -> None:
         """Kill all processes of a host at once (kill -9)."""
         host.run("kill -9 -1", allow_failure=True)
+        host.run("while ss -ltn | grep -qE ':(8000|9094) '; do sleep 0.1; done")  # until they are gone
 
     def start_again(self, host: Host) -> None:
         """Start a host's units after it was killed, as at the start of its machine."""
