@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,19 +58,34 @@ def test_a_merge_that_cannot_have_its_memory_is_refused_before_it_begins(system:
             merge_updates(problem, updates, align=align, merge=merge, seed=0)
 
 
-def test_the_peak_is_the_growth_inside_the_block() -> None:
+def test_the_peak_is_the_growth_inside_the_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    monkeypatch.setattr(memory, "STATUS", status)
+    status.write_text("VmRSS: 9 kB\nRssAnon:  1000 kB\n")
+    with Peak() as peak:
+        status.write_text("RssAnon: 800 kB\n")
+    assert peak.bytes == 0
+    with Peak() as peak:
+        status.write_text("RssAnon: 5800 kB\n")
+        deadline = time.monotonic() + 30
+        while not peak.bytes and time.monotonic() < deadline:
+            time.sleep(memory.INTERVAL)
+        status.write_text("RssAnon: 900 kB\n")
+    assert peak.bytes == 5_120_000
+
+
+def test_the_system_tells_of_memory_that_is_held() -> None:
     if anonymous() is None:
         pytest.skip("the system does not tell")
-    with Peak() as peak:
-        held = torch.ones(50_000_000)
-        del held
-    assert peak.bytes is not None
-    assert 0 <= peak.bytes < 300_000_000
-    with Peak() as peak:
-        held = torch.ones(50_000_000)
-    assert peak.bytes is not None
-    assert peak.bytes > 150_000_000
-    assert len(held) == 50_000_000
+    script = """
+from fedmerge.memory import Peak
+with Peak() as peak:
+    held = b"x" * 400_000_000
+print(peak.bytes)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    # Kernels before 6.2 count a thread's last 64 faults late: of huge pages, up to 128 MB.
+    assert 200_000_000 < int(told) < 500_000_000
 
 
 def test_nothing_is_measured_where_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
