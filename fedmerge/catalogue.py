@@ -86,13 +86,18 @@ MERGERS: Mapping[str, Entry] = {
         "fedmerge.merge.ensemble:Ensemble",
         {"rule": "counts-geometric"},
     ),
+    "ensemble-propagated": Entry(
+        "the clients' log-probabilities, their weights learned on the server's images, without labels",
+        "fedmerge.merge.ensemble:Ensemble",
+        {"rule": "propagated"},
+    ),
     "ensemble-stacked": Entry(
         "the clients' log-probabilities, their weights learned on the server's labelled images",
         "fedmerge.merge.ensemble:Ensemble",
         {"rule": "stacked"},
     ),
     "np-distill": Entry(
-        "NP Merge on the classes that the ensemble by label counts tells; no server label is used",
+        "NP Merge on the classes that the clients together tell; no server label is used",
         "fedmerge.merge.nonuniform:NPMerge",
         {"targets": "hard"},
     ),

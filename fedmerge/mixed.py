@@ -26,7 +26,7 @@ from fedmerge.distillation import choose_teacher, distil
 from fedmerge.families import Family, families_of, next_starts
 from fedmerge.merge.best import BestClient
 from fedmerge.merge.descent import Schedule
-from fedmerge.merge.teacher import SMOOTHING
+from fedmerge.merge.teacher import PROPAGATED, SMOOTHING
 from fedmerge.outcomes import Outcome, Step
 from fedmerge.problem import Examples, Merged, Problem, Update
 from fedmerge.seeds import generator
@@ -212,7 +212,7 @@ def _distilled(
 ) -> tuple[Merged, tuple[Step, ...]]:
     """Let the families' merged models, or the clients' own, teach the server's architecture; return the steps too."""
     learned = oneshot.objective(merge)
-    rule, smoothing = ("counts-geometric", SMOOTHING) if learned is None else (learned.teacher, learned.smoothing)
+    rule, smoothing = (PROPAGATED, SMOOTHING) if learned is None else (learned.teacher, learned.smoothing)
     if not all(update.label_counts for update in updates):
         rule = "mean"
     members = [_as_client(family, outcome) for family, outcome in zip(families, outcomes, strict=True)]

@@ -191,7 +191,7 @@ def test_semi_supervised_learning_uses_all_images_and_is_chosen_no_worse_than_it
     found = merge_updates(part, trained("mlp@0.1"), align="activations", merge=f"np-semi:{QUICK}", seed=0)
     assert (found.merged.server_examples, found.merged.server_labels) == (150, True)
     told = found.diagnostics["merge"]
-    assert (told["targets"], told["teacher"]) == ("completed", "counts-geometric")
+    assert (told["targets"], told["teacher"]) == ("completed", "propagated")
     assert told["validation-loss"] <= told["start-loss"]
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from fedmerge.merge.augment import AUGMENTATIONS
 from fedmerge.merge.pool import needs_of, pool_of
-from fedmerge.merge.teacher import SMOOTHING, TEACHERS, check_smoothing
+from fedmerge.merge.teacher import PROPAGATED, SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
 from fedmerge.settings import ConfigurationError
 from fedmerge.train import opinions
@@ -46,7 +46,7 @@ class Objective:
     """
 
     targets: str = "labels"
-    teacher: str = "counts-geometric"
+    teacher: str = PROPAGATED
     temperature: float = 0.5
     smoothing: float = SMOOTHING
     label_share: float = 0.5

@@ -25,7 +25,7 @@ from scipy.sparse import coo_array, diags_array
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge.merge.stacking import Stacker, stack
+from fedmerge.merge.stacking import Stacker, bare, stack
 from fedmerge.merge.teacher import Teacher
 from fedmerge.problem import UNKNOWN
 
@@ -48,13 +48,15 @@ def propagated(
     log_probabilities: Float64[Tensor, "clients examples classes"],
     labels: Int[Tensor, " examples"] | None = None,
 ) -> Stacker:
-    """Return the teacher that a prior becomes on the server's images.
+    """Return the teacher that a prior becomes on the server's images; below `FEWEST` it stays what it is.
 
     Args:
         prior: by label counts.
         log_probabilities: of each client's model, on the CPU.
         labels: as for `propagated_classes`.
     """
+    if log_probabilities.shape[1] < FEWEST:
+        return bare(prior, log_probabilities)
     classes = propagated_classes(prior, log_probabilities, labels)
     return stack(prior, log_probabilities, classes, PENALTY)
 
@@ -64,19 +66,17 @@ def propagated_classes(
     log_probabilities: Float64[Tensor, "clients examples classes"],
     labels: Int[Tensor, " examples"] | None = None,
 ) -> Int[Tensor, " examples"]:
-    """Return the classes that a prior tells, spread and scaled; below `FEWEST` images the prior's own.
+    """Return the classes that a prior tells, spread and scaled.
 
     Args:
         prior: by label counts.
-        log_probabilities: of each client's model, on the CPU.
+        log_probabilities: of each client's model, on the CPU; of more images than `NEIGHBOURS`.
         labels: classes, -1 where one is not known; those that are known stand. None: none is.
     """
     counts = torch.tensor(prior.label_counts, dtype=torch.float64).sum(0)
     labels = torch.full(log_probabilities.shape[1:2], UNKNOWN) if labels is None else labels
     known = labels != UNKNOWN
     classes = labels.where(known, prior(log_probabilities).argmax(1))
-    if len(classes) < FEWEST:
-        return classes
     seen = counts > 0
     masses = spread(nearest(views(log_probabilities), NEIGHBOURS), classes, len(counts))
     scores = masses[:, seen].clamp(min=LEAST_MASS).log()
