@@ -93,13 +93,13 @@ def merge(
 
     SOURCES are run folders, or safetensors checkpoints (then --model and --data are needed, and --models if their
     architectures differ). The results of a run folder go into it, or into a new one with --out; those of checkpoints
-    into a new one. A run's configuration counts; --server-labels alone may differ from it, and then the results go into
-    a new folder.
+    into a new one. A run's configuration counts; --server-labels and --server-limit alone may differ from it, and then
+    the results go into a new folder.
     """
     with session(quiet, as_json) as (console, stack):
         from fedmerge import checkpoints
         from fedmerge import compare as comparison
-        from fedmerge.preparation import enter, new_run, relabelled
+        from fedmerge.preparation import BUDGETS, enter, new_run, rebudgeted
         from fedmerge.runs import Run
 
         console.hush_flower()
@@ -117,9 +117,9 @@ def merge(
             comparison.merge_checkpoints(config, run, updates, names, progress=console.progress)
             console.finish(run)
             return
-        given = context.get_parameter_source("server_labels") is not click.core.ParameterSource.DEFAULT
-        labels = flags["server_labels"] if given else None
-        configs = [relabelled(Run.open(folder), labels, apart=bool(flags["out"])) for folder in folders]
+        default = click.core.ParameterSource.DEFAULT
+        budgets = {name: flags[name] for name in BUDGETS if context.get_parameter_source(name) is not default}
+        configs = [rebudgeted(Run.open(folder), budgets, apart=bool(flags["out"])) for folder in folders]
         for folder, config in zip(folders, configs, strict=True):
             run = Run.open(folder)
             target = run

@@ -65,6 +65,9 @@ class Config:
     rounds: int = _option(1, "federated rounds; each starts from the last merged model")
     server_examples: int = _option(100, "images that the server owns, in no client and in no evaluation")
     server_labels: int = _option(-1, "how many of the server's images it knows the classes of; -1: of all, 0: of none")
+    server_limit: int = _option(
+        -1, "how many of the server's images are used, those whose classes it knows among them; -1: all"
+    )
     screen: str = _option(
         "auto", "'auto' leaves out clients whose models the server's images show to be useless; or 'off'"
     )
@@ -112,11 +115,15 @@ class Config:
             self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self._require("server_labels", self.server_labels >= -1, "at least 0, or -1 for all")
-        if self.server_labels > self.server_examples:
-            raise ConfigurationError(
-                f"--server-labels is {self.server_labels}, but the server owns only {self.server_examples} images "
-                "(--server-examples)"
-            )
+        self._require("server_limit", self.server_limit == -1 or self.server_limit >= 1, "at least 1, or -1 for all")
+        budgets = ("server_labels", "owns", "server_examples"), ("server_limit", "owns", "server_examples")
+        limits = (("server_labels", "uses", "server_limit"),) if self.server_limit > 0 else ()
+        for name, verb, of in (*budgets, *limits):
+            if getattr(self, name) > getattr(self, of):
+                raise ConfigurationError(
+                    f"{flag(name)} is {getattr(self, name)}, but the server {verb} only {getattr(self, of)} images "
+                    f"({flag(of)})"
+                )
         if self.min_completed > self.clients:
             raise ConfigurationError(
                 f"--min-completed is {self.min_completed}, but there are only {self.clients} clients (--clients)"
@@ -186,14 +193,24 @@ class Config:
         return parse_devices(self.devices, self.clients)
 
     @property
+    def num_server_images(self) -> int:
+        """How many of the server's images are used.
+
+        Example:
+            >>> Config(server_examples=300).num_server_images, Config(server_limit=20).num_server_images
+            (300, 20)
+        """
+        return self.server_examples if self.server_limit < 0 else self.server_limit
+
+    @property
     def num_server_labels(self) -> int:
-        """How many of the server's images it knows the classes of.
+        """How many of the server's images that are used it knows the classes of.
 
         Example:
             >>> Config(server_examples=300).num_server_labels, Config(server_labels=0).num_server_labels
             (300, 0)
         """
-        return self.server_examples if self.server_labels < 0 else self.server_labels
+        return self.num_server_images if self.server_labels < 0 else self.server_labels
 
     @property
     def statistics(self) -> tuple[str, ...]:

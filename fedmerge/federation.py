@@ -2,7 +2,8 @@
 
 The server's images, the clients' and those of the evaluation are three disjoint sets. Final runs evaluate on the test
 files; development evaluates on a cut of the training files that is the same for every seed, and never reads the test
-files' images. The server may know the classes of some of its images alone; who owns what does not depend on it.
+files' images. The server may use some of its images alone, and know the classes of some of these; who owns what does
+not depend on it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ RELEVANT = (
     "min_client_examples",
     "server_examples",
     "server_labels",
+    "server_limit",
     "seed",
 )
 """The settings that a federation's data depend on."""
@@ -53,6 +55,7 @@ class Federation:
         evaluation_indices: test files if the split is "test", training files if it is "development", sorted.
         partition: for each client its sorted indices into `pool_indices`, and so into `pool`.
         labelled_indices: the training files of the server whose classes it knows, sorted; None: all of its files.
+        used_indices: the training files of the server that are used, sorted; None: all of its files.
     """
 
     dataset: Dataset
@@ -62,6 +65,7 @@ class Federation:
     evaluation_indices: Tensor
     partition: tuple[Tensor, ...]
     labelled_indices: Tensor | None = None
+    used_indices: Tensor | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -75,11 +79,12 @@ class Federation:
 
     @cached_property
     def server(self) -> Examples:
-        """All that the server owns, and the classes that it knows."""
-        examples = self.dataset.train[self.server_indices]
+        """All that the server uses of what it owns, and the classes that it knows."""
+        used = self.server_indices if self.used_indices is None else self.used_indices
+        examples = self.dataset.train[used]
         if self.labelled_indices is None:
             return examples
-        known = torch.isin(self.server_indices, self.labelled_indices)
+        known = torch.isin(used, self.labelled_indices)
         return Examples(examples.images, examples.labels.where(known, UNKNOWN))
 
     @cached_property
@@ -117,6 +122,7 @@ class Federation:
             "clients": [self.pool_indices[part].tolist() for part in self.partition],
             "server": self.server_indices.tolist(),
             **({} if self.labelled_indices is None else {"server_labelled": self.labelled_indices.tolist()}),
+            **({} if self.used_indices is None else {"server_used": self.used_indices.tolist()}),
             "evaluation": self.evaluation_indices.tolist(),
             "label_counts": self.label_counts(),
         }
@@ -160,11 +166,11 @@ def _load(config: Config) -> Federation:
         minimum=config.min_client_examples,
         seed=config.seed,
     )
-    labelled = None
-    if config.server_labels >= 0:
-        order = stratified_order(labels[server], generator(config.seed, "server", "labels"))
-        labelled = server[order[: config.server_labels].sort().values]
-    return Federation(dataset, config.split, pool, server, evaluation, partition, labelled)
+    order = stratified_order(labels[server], generator(config.seed, "server", "labels"))
+    labelled, used = (
+        None if size < 0 else server[order[:size].sort().values] for size in (config.server_labels, config.server_limit)
+    )
+    return Federation(dataset, config.split, pool, server, evaluation, partition, labelled, used)
 
 
 def _take(free: Tensor, labels: Tensor, size: int, generator: torch.Generator) -> Tensor:

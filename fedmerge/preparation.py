@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from fedmerge.settings import ConfigurationError, flag, known
 
 MACHINE = ("out", "ray_address", "client_cpus", "client_gpus", "timeout")
 """Settings that change where a run happens and not what it computes: `--resume` may change them."""
+BUDGETS = ("server_labels", "server_limit")
+"""Settings of what the server uses of its images: `fedmerge merge` may change them, as no client depends on them."""
 
 
 def prepare(
@@ -61,27 +63,27 @@ def new_run(command: str, config: Config, stack: ExitStack, settings: dict[str, 
     return run
 
 
-def relabelled(run: Run, server_labels: int | None, *, apart: bool) -> Config:
-    """Return the configuration to merge a run again with, of which the server's labels alone may differ.
+def rebudgeted(run: Run, budgets: Mapping[str, int], *, apart: bool) -> Config:
+    """Return the configuration to merge a run again with, of which what the server uses alone may differ.
 
     Args:
         run: the run whose updates are merged.
-        server_labels: as --server-labels; None: the run's.
-        apart: whether the results go into a folder of their own, which they must if the labels differ.
+        budgets: the fields of `BUDGETS` that were given.
+        apart: whether the results go into a folder of their own, which they must if the server uses other data.
 
     Raises:
-        ConfigurationError: if results of different labels would lie in one folder.
+        ConfigurationError: if results of different data of the server would lie in one folder.
     """
     config = run.config
-    if server_labels is None:
-        return config
-    wanted = config.replace(server_labels=server_labels)
-    if wanted.num_server_labels == config.num_server_labels:
+    wanted = config.replace(**budgets)
+    numbers = [(each.num_server_images, each.num_server_labels) for each in (config, wanted)]
+    if numbers[0] == numbers[1]:
         return config
     if not apart:
+        given = " and ".join(f"{flag(name)} is {value}" for name, value in budgets.items())
         raise ConfigurationError(
-            f"--server-labels is {server_labels}, but the run in {run.path} has {config.server_labels}: give the --out "
-            "of a new folder, which keeps their results apart"
+            f"{given}, but the run in {run.path} has {', '.join(str(getattr(config, name)) for name in budgets)}: give "
+            "the --out of a new folder, which keeps their results apart"
         )
     return wanted
 

@@ -53,11 +53,11 @@ def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] 
         seeds: of the run.
         partition: one of its partitions; None for models that were trained elsewhere.
     """
-    images = _images(config.server_examples, config.num_server_labels)
+    images = _images(config)
     over = f"with seed {seeds[0]}" if len(seeds) == 1 else f"over {len(seeds)} seeds"
     judged = f"{config.split} images of {config.data}"
     if partition is None:
-        return clean(f"Models of {_models(config)}. The server owns {images}. Accuracies are on {judged}, {over}.")
+        return clean(f"Models of {_models(config)}. The server {images}. Accuracies are on {judged}, {over}.")
     counts = partition["label_counts"]
     how = f"{config.partition} (alpha {config.alpha:g})" if "dirichlet" in config.partition else config.partition
     low, high = config.epochs_range
@@ -67,7 +67,7 @@ def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] 
     return clean(
         f"{len(counts)} {_plural('client', len(counts))} hold {sum(map(sum, counts)):,} training images of "
         f"{len(partition['classes'])} classes, divided by {how}, and train {_models(config)} for {epochs} from "
-        f"{start}.{weak} The server owns {images} that no client has. Accuracies are on "
+        f"{start}.{weak} The server {images} that no client has. Accuracies are on "
         f"{len(partition['evaluation']):,} {judged} that neither has seen, {over}."
     )
 
@@ -126,11 +126,13 @@ def _models(config: Config) -> str:
     return f"{', '.join(f'{name} ({number})' for name, number in numbers.items())}; the server's is {config.model}"
 
 
-def _images(number: int, labelled: int) -> str:
-    """Return how many images the server owns, and of how many it knows the classes."""
+def _images(config: Config) -> str:
+    """Return how many images the server owns or uses, and of how many it knows the classes."""
+    number, labelled = config.num_server_images, config.num_server_labels
     known = {number: "labelled ", 0: "unlabelled "}.get(labelled, "")
     of_them = "" if known else f" ({labelled:,} labelled)"
-    return f"{number:,} {known}{_plural('image', number)}{of_them}"
+    owned = "owns" if number == config.server_examples else f"owns {config.server_examples:,} images and uses"
+    return f"{owned} {number:,} {known}{_plural('image', number)}{of_them}"
 
 
 def _plural(word: str, number: int) -> str:

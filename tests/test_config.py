@@ -35,6 +35,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "devices": st.sampled_from(["", "epochs=1:2,float16:3", "epochs=2+float16:100"]),
     "seed": st.integers(),
     "server_labels": st.integers(-1, 1),
+    "server_limit": st.sampled_from([-1, 1]),
 }
 BY_TYPE: dict[type, st.SearchStrategy[Any]] = {bool: st.booleans(), int: COUNTS, float: POSITIVE, str: st.text()}
 CONFIGS = st.builds(Config, **{name: STRATEGIES.get(name, BY_TYPE[kind]) for name, kind in TYPES.items()})
@@ -110,6 +111,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "rounds": (0,),
     "server_examples": (-1,),
     "server_labels": (-2, 101),
+    "server_limit": (-2, 0, 101),
     "min_completed": (0,),
     "timeout": (0.0, -1.0, math.inf, math.nan),
     "client_cpus": (0.0, -1.0, math.inf, math.nan),
@@ -134,6 +136,7 @@ BOUNDARIES: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.0,),
     "server_examples": (0,),
     "server_labels": (-1, 0, 100),
+    "server_limit": (-1, 1, 100),
     "client_gpus": (0.0, 0.25),
     "batch_size": (1,),
     "min_completed": (1, 5),
@@ -151,6 +154,10 @@ def test_no_more_classes_than_images_can_be_known() -> None:
     message = r"--server-labels is 61, but the server owns only 60 images \(--server-examples\)"
     with pytest.raises(ConfigurationError, match=message):
         Config(server_examples=60, server_labels=61)
+    with pytest.raises(ConfigurationError, match=r"is 21, but the server uses only 20 images \(--server-limit\)"):
+        Config(server_limit=20, server_labels=21)
+    for labels in (-1, 20):
+        assert Config(server_limit=20, server_labels=labels).num_server_labels == 20
 
 
 def test_more_updates_than_clients_cannot_be_demanded() -> None:

@@ -230,3 +230,48 @@ def test_the_labelled_images_have_the_class_shares_of_the_servers() -> None:
     whole, part = load(CONFIG).server, load(CONFIG.replace(server_labels=40)).server
     found = part.labels[part.labels != UNKNOWN].bincount(minlength=10)
     assert ((found - 0.4 * whole.labels.bincount(minlength=10)).abs() < 2).all()
+
+
+# A part of the server's images.
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_limit_takes_nothing_from_anybody_but_the_server() -> None:
+    whole, part = load(CONFIG), load(CONFIG.replace(server_limit=30))
+    assert owners(part)[:-2] == owners(whole)[:-2]
+    assert owners(part)[-1] == owners(whole)[-1]
+    assert torch.equal(part.server_indices, whole.server_indices)
+    assert len(part.server) == 30
+    assert owners(part)[-2] < owners(whole)[-2]
+    assert part.indices() == {**whole.indices(), "server_used": [int(image) for image in part.server.images[:, 0]]}
+
+
+@pytest.mark.usefixtures("numbers")
+def test_the_images_of_a_smaller_limit_are_among_those_of_a_larger_one_and_the_labelled_among_the_used() -> None:
+    def used(limit: int, **changes: int) -> set[float]:
+        return owners(load(CONFIG.replace(server_limit=limit, **changes)))[-2]
+
+    def labelled(labels: int, limit: int) -> set[float]:
+        server = load(CONFIG.replace(server_limit=limit, server_labels=labels)).server
+        return set(server[server.known].images.flatten().tolist())
+
+    assert used(5) < used(20) < used(99) < used(100)
+    assert used(20) == used(20, clients=3, client_examples=300)
+    assert len(used(20, seed=1) & used(20)) < 10
+    assert labelled(10, 50) == labelled(10, 100) < labelled(50, 50) == used(50)
+    assert labelled(10, -1) == labelled(10, 10) == used(10)
+
+
+@pytest.mark.usefixtures("numbers")
+@pytest.mark.parametrize("labels", [-1, 0, 7])
+def test_a_limit_of_all_images_is_no_limit(labels: int) -> None:
+    whole, part = (load(CONFIG.replace(server_limit=limit, server_labels=labels)) for limit in (-1, 100))
+    assert torch.equal(part.server.images, whole.server.images)
+    assert torch.equal(part.server.labels, whole.server.labels)
+    assert "server_used" not in whole.indices()
+
+
+def test_the_images_that_are_used_have_the_class_shares_of_the_servers() -> None:
+    whole, part = load(CONFIG).server, load(CONFIG.replace(server_limit=40)).server
+    found = part.labels.bincount(minlength=10)
+    assert ((found - 0.4 * whole.labels.bincount(minlength=10)).abs() < 2).all()

@@ -320,6 +320,25 @@ def test_one_training_serves_several_budgets_of_labels_each_in_its_folder(tmp_pa
     assert [line["method"] for line in run.results()] == ["mean"]
 
 
+def test_one_training_serves_several_budgets_of_images(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    methods = ("--methods", f"mean,np:{QUICK},np-distill:{QUICK}")
+    refused = run_command("merge", run.path, "--server-limit", "60", "--server-labels", "9", *methods)
+    assert "--server-labels is 9 and --server-limit is 60, but the run in" in refused.output
+    assert "has -1, -1: give the --out of a new folder" in refused.output
+    lines = {}
+    for limit in (60, 80):
+        budget = ("--server-limit", str(limit), "--server-labels", "55")
+        out = tmp_path / f"limit-{limit}"
+        result = run_command("merge", run.path, *budget, "--out", out, *methods)
+        assert result.exit_code == 0, result.output
+        lines[limit] = {line["method"].partition(":")[0]: line for line in Run.open(out).results()}
+    assert [lines[60][name]["server_examples"] for name in ("np", "np-distill")] == [55, 60]
+    assert [lines[80][name]["server_examples"] for name in ("np", "np-distill")] == [55, 80]
+    assert lines[60]["np"]["accuracy"] == lines[80]["np"]["accuracy"], "the labelled images are the same"
+    assert lines[60]["mean"]["accuracy"] == lines[80]["mean"]["accuracy"], "the clients are the same"
+
+
 def test_a_problem_is_taught_once() -> None:
     part, updates = hiding(problem_of("mlp@0.1"), every(60, 2)), trained("mlp@0.1")
     for merge in ("np", "np-distill", "np-semi", "np:targets=hard:teacher=stacked"):
