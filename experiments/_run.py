@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fedmerge.runs import Run
-from fedmerge.summary import Row, summarize
+from fedmerge.summary import Difference, Row, difference, summarize
+from fedmerge.tables import NOTHING, percent
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected"
@@ -49,6 +53,59 @@ def compare(command: str, out: Path) -> Run:
     words = ["compare", "--resume"] if (out / "config.json").exists() else shlex.split(command)[1:]
     subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True)
     return Run.open(out)
+
+
+def merge(jobs: Mapping[Path, tuple[Run, str]]) -> list[Run]:
+    """Merge stored updates again, as many runs side by side as there are cores; what is there is not done again.
+
+    Args:
+        jobs: by the folder of the results, the run whose clients are merged and the arguments of `fedmerge merge`.
+    """
+
+    def job(out: Path, run: Run, arguments: str) -> Run:
+        if not (out / "report.html").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            words = ["merge", str(run.path), *shlex.split(arguments), "--out", str(out), "--quiet"]
+            subprocess.run([sys.executable, "-m", "fedmerge", *words], check=True)
+        return Run.open(out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda item: job(item[0], *item[1]), jobs.items()))
+
+
+def table(columns: Mapping[str, Rows], methods: Iterable[str]) -> list[str]:
+    """Return the lines of a Markdown table: methods by cells, accuracy in percent, mean ± standard deviation.
+
+    Args:
+        columns: rows by method, by the cell's title.
+        methods: the lines, in their order; what a cell lacks is a dash.
+    """
+    lines = [f"| Method | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for method in methods:
+        cells = [percent(rows[method]) if method in rows else NOTHING for rows in columns.values()]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
+def advantage(cells: Iterable[Rows], ours: str, theirs: str) -> Difference:
+    """Return by how much a method is more accurate than another, paired by cell and seed.
+
+    Args:
+        cells: rows by method, each with both.
+        ours: a method.
+        theirs: another.
+    """
+    return difference(
+        [accuracy - rows[theirs].accuracies[seed] for rows in cells for seed, accuracy in rows[ours].accuracies.items()]
+    )
+
+
+def accuracies(columns: Mapping[str, Rows]) -> dict[str, dict[str, list[float]]]:
+    """Return accuracies by cell and method, in the order of the seeds, for the files that documents quote."""
+    return {
+        title: {method: list(row.accuracies.values()) for method, row in rows.items()}
+        for title, rows in columns.items()
+    }
 
 
 def rows_of(run: Run) -> dict[str, Row]:

@@ -11,23 +11,19 @@ experiments/expected/methods.json.
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from _run import Rows, compare, holds, main, mean_of, rows_of, write
+from _run import Rows, compare, holds, main, mean_of, merge, rows_of, write
 
 from fedmerge.catalogue import needs
-from fedmerge.runs import Run
 from fedmerge.tables import NOTHING, duration, percent
 
 INITS = ("shared", "independent")
 FEW, MANY = 100, 1000
 
 WITHOUT = (
-    *("fedavg", "mean", "mean-head", "ensemble", "ensemble-counts", "ensemble-geometric"),
+    *("fedavg", "mean", "mean-head", "ensemble", "ensemble-counts", "ensemble-geometric", "ensemble-propagated"),
     *("fresh-distill", "finetune-distill", "best-client-distill", "np-distill", "activations+np-distill", "feddf"),
     *("adamerging-entropy", "flower-median", "flower-trimmed-mean", "flower-krum", "flower-multikrum"),
 )
@@ -58,9 +54,8 @@ def command(init: str) -> str:
     return f"{SCENARIO} --init {init} --methods {','.join(names)}"
 
 
-def again(run: str, out: str) -> str:
-    """Return the command that merges the same clients with few labels."""
-    return f"fedmerge merge {run} --server-labels {FEW} --methods {','.join(BY_FEW_LABELS)} --out {out}"
+AGAIN = f"--server-labels {FEW} --methods {','.join(BY_FEW_LABELS)}"
+"""What merges the same clients with few labels."""
 
 
 def methods(size: str, out: Path) -> None:
@@ -74,12 +69,12 @@ def methods(size: str, out: Path) -> None:
         check(rows_of(compare(SMOKE, out / "methods-smoke")), {})
         return
     many = {init: compare(command(init), out / f"methods-{init}-{MANY}") for init in INITS}
-    few = merged_again({run: out / f"methods-{init}-{FEW}" for init, run in many.items()})
+    few = merge({out / f"methods-{init}-{FEW}": (run, AGAIN) for init, run in many.items()})
     found = {init: (rows_of(many[init]), rows_of(run)) for init, run in zip(INITS, few, strict=True)}
     for rows in found.values():
         check(*rows)
     content = {
-        "commands": [*map(command, INITS), again("RUN", "NEW")],
+        "commands": [*map(command, INITS), f"fedmerge merge RUN {AGAIN} --out NEW"],
         "accuracy": {
             f"{init}, {labels} labels": {method: list(row.accuracies.values()) for method, row in rows.items()}
             for init, budgets in found.items()
@@ -88,21 +83,6 @@ def methods(size: str, out: Path) -> None:
         "table": table(found),
     }
     write("methods", content, many[INITS[0]])
-
-
-def merged_again(folders: Mapping[Run, Path]) -> list[Run]:
-    """Merge stored updates with few labels, all runs side by side; what is there is not done again.
-
-    Args:
-        folders: where the results go, by the run whose updates are merged.
-    """
-    processes = []
-    for run, out in folders.items():
-        if not (out / "report.html").exists():
-            words = shlex.split(again(str(run.path), str(out)))[1:]
-            processes.append(subprocess.Popen([sys.executable, "-m", "fedmerge", *words, "--quiet"]))
-    assert all(process.wait() == 0 for process in processes), "merging again failed"
-    return [Run.open(out) for out in folders.values()]
 
 
 def check(many: Rows, few: Rows) -> None:

@@ -118,7 +118,9 @@ def distil(
     found = []
     for taught, share in lessons:
         chance = torch.Generator().manual_seed(seed)  # all see the same batches
-        of_share = learn(taught, candidates, buffers, Schedule(steps=steps), generator=chance, task="distillation")
+        of_share = learn(
+            taught, candidates, buffers, Schedule(steps=steps, average=True), generator=chance, task="distillation"
+        )
         about = {**lesson.diagnostics, **({} if share is None else {"label-share": share}), **of_share.diagnostics}
         about["candidates"] *= len(lessons)
         found.append(replace(of_share, diagnostics=about))

@@ -153,24 +153,35 @@ def _row(method: str, cells: Mapping[int, Sequence[Result]], seeds: tuple[int, .
 def paired_differences(rows: Sequence[Row], baseline: str = BASELINE) -> dict[str, Difference]:
     """Return each other method's difference to the baseline, for methods that share a finished seed with it.
 
-    With d the n differences of the common seeds: mean(d) ± t(0.975, n − 1) · std(d) / √n. A `baseline` that is not
-    among the rows is a ConfigurationError.
+    A `baseline` that is not among the rows is a ConfigurationError.
     """
-    from scipy.stats import t
-
     known("baseline", baseline, [row.method for row in rows])
     reference = next(row for row in rows if row.method == baseline).accuracies
     differences = {}
     for row in rows:
         paired = [row.accuracies[seed] - reference[seed] for seed in row.accuracies if seed in reference]
-        if row.method == baseline or not paired:
-            continue
-        half_width = None
-        if len(paired) > 1:
-            quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1))
-            half_width = quantile * statistics.stdev(paired) / math.sqrt(len(paired))
-        differences[row.method] = Difference(statistics.fmean(paired), half_width, len(paired))
+        if row.method != baseline and paired:
+            differences[row.method] = difference(paired)
     return differences
+
+
+def difference(paired: Sequence[float]) -> Difference:
+    """Return mean(d) ± t(0.975, n − 1) · std(d) / √n of n paired differences.
+
+    Args:
+        paired: d, at least one; of one there is no interval.
+
+    Example:
+        >>> difference([0.01, 0.02, 0.03]).mean
+        0.02
+    """
+    from scipy.stats import t
+
+    half_width = None
+    if len(paired) > 1:
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1))
+        half_width = quantile * statistics.stdev(paired) / math.sqrt(len(paired))
+    return Difference(statistics.fmean(paired), half_width, len(paired))
 
 
 def best_single_model(rows: Sequence[Row]) -> Row | None:

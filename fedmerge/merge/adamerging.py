@@ -53,7 +53,7 @@ class AdaMerging(Objective):
         shares = Start(torch.ones(len(states))).shares(start)
         given = Ingredients(mean, states, shares, centre=start)
         candidates = [Candidate({}, lr, lambda: Tied(given, "tensor")) for lr in self.lrs]
-        schedule = Schedule(steps=self.steps, augment=self.augment, entropy=self.entropy)
+        schedule = Schedule(steps=self.steps, average=self.average, augment=self.augment, entropy=self.entropy)
         if self.entropy:
             steps = min(schedule.default_steps, self.steps)
             course = descend(

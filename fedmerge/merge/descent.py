@@ -121,8 +121,8 @@ def descend(
                 batch = data[next(order).to(data.images.device)]
                 batch = replace(batch, images=augmented(batch.images, schedule.augment, chance))
                 coordinates.step(gradients(problem, coordinates, training_buffers, batch, schedule.entropy), rule)
-                for mean, value in zip(means, coordinates.values, strict=False):
-                    mean.lerp_(value, 1 / number)
+                if means:
+                    torch._foreach_lerp_(means, coordinates.values, 1 / number)
         with _at(coordinates, means) if means else nullcontext():
             parameters = coordinates.parameters()
             state = {name: tensor.clone() for name, tensor in {**parameters, **buffers}.items()}

@@ -63,7 +63,7 @@ class FineTune(Objective):
         parameters, buffers = split_state(problem, start)
         moving = find_head(problem.model, start, problem.data.images.shape[1:]) if self.layers == "head" else None
         candidates = [Candidate({"start": self.start}, lr, lambda: Weights(parameters, moving)) for lr in self.lrs]
-        schedule = Schedule(steps=self.steps, augment=self.augment)
+        schedule = Schedule(steps=self.steps, average=self.average, augment=self.augment)
         found = learn(problem, candidates, buffers, schedule, generator=generator, task="fine-tuning")
         uses_clients = self.start != "fresh" or problem.taught
         return replace(found, uses_clients=uses_clients, diagnostics={**self.description, **found.diagnostics})

@@ -59,7 +59,6 @@ class NPMerge(Objective):
             rows by label counts) or "best" (`best_share` for the best client, the rest for the others alike).
         best_share: the best client's α at the start "best", in [0, 1].
         decay: pull toward the start, as a share of the learning rate (AdamW's weight decay).
-        average: take the mean of the coefficients over the last steps, not the last ones.
     """
 
     groups: str = "auto"
@@ -71,7 +70,6 @@ class NPMerge(Objective):
     start: str = "mean"
     best_share: float = 0.6
     decay: float = 0.0
-    average: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +226,7 @@ class PairwiseNPMerge(Objective):
         ours, _ = split_state(problem, first)
         theirs, _ = split_state(problem, second)
         candidates = [Candidate({}, lr, lambda: SigmoidPair(ours, theirs)) for lr in self.lrs]
-        schedule = Schedule(steps=self.steps, augment=self.augment)
+        schedule = Schedule(steps=self.steps, average=self.average, augment=self.augment)
         return learn(problem, candidates, buffers, schedule, generator=generator, task="NP Merge of a pair")
 
 

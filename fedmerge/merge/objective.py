@@ -1,4 +1,4 @@
-"""What a learned merge descends: labels, a teacher's targets, or both; and whether images are augmented.
+"""What a learned merge descends, labels, a teacher's targets, or both; and what else all descents have in common.
 
 What is learned from labels is learned on the labelled images alone. With a teacher's targets alone the server's data
 may be unlabelled. Then every choice that the protocol makes is made on the teacher's targets too, the reference of an
@@ -7,7 +7,8 @@ the teacher's targets where they are known; then they judge, if they are enough 
 
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets). Lee:
 Pseudo-Label, ICML 2013 Workshop on Challenges in Representation Learning (the class where it is known, a model's
-elsewhere; his model teaches itself).
+elsewhere; his model teaches itself). Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, SIAM
+Journal on Control and Optimization 30(4), 1992 (the mean over the last steps; ours is of 20).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Objective:
         smoothing: examples added to each of the clients' label counts, at least 0.
         label_share: the labels' share in mixed targets, in [0, 1].
         augment: what is done to the images of a step: "none", "shifts", "flips" or "both".
+        average: take the mean of what is learned over the last steps (20), not the last one.
     """
 
     targets: str = "labels"
@@ -51,6 +53,7 @@ class Objective:
     smoothing: float = SMOOTHING
     label_share: float = 0.5
     augment: str = "none"
+    average: bool = True
 
     def __post_init__(self) -> None:
         for name, names in (("targets", TARGETS), ("teacher", TEACHERS), ("augment", AUGMENTATIONS)):
