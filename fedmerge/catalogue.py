@@ -97,31 +97,37 @@ MERGERS: Mapping[str, Entry] = {
         {"rule": "stacked"},
     ),
     "np-distill": Entry(
-        "NP Merge on the classes that the clients together tell; no server label is used",
+        "NP Merge on what the clients together tell of the server's images; no server label is used",
         "fedmerge.merge.nonuniform:NPMerge",
-        {"targets": "hard"},
+        {"targets": "soft"},
     ),
-    "finetune-distill": Entry("fine-tune the uniform mean on the same classes", _FINETUNE, {"targets": "hard"}),
+    "finetune-distill": Entry("fine-tune the uniform mean on the same", _FINETUNE, {"targets": "soft"}),
+    "best-client-distill": Entry(
+        "fine-tune the client with the lowest loss on the same", _FINETUNE, {"start": "best", "targets": "soft"}
+    ),
+    "fresh-distill": Entry(
+        "train a new model on the same: the control of the distilled methods",
+        _FINETUNE,
+        {"start": "fresh", "targets": "soft"},
+    ),
     "feddf": Entry(
         "fine-tune the uniform mean on the ensemble's mean probabilities (FedDF); no server label is used",
         _FINETUNE,
-        {"targets": "soft", "teacher": "mean"},
-    ),
-    "best-client-distill": Entry(
-        "fine-tune the client with the lowest loss on the same classes", _FINETUNE, {"start": "best", "targets": "hard"}
-    ),
-    "fresh-distill": Entry(
-        "train a new model on the same classes: the control of the distilled methods",
-        _FINETUNE,
-        {"start": "fresh", "targets": "hard"},
+        {"targets": "soft", "teacher": "mean", "mixtures": 0},
     ),
     "np-semi": Entry(
-        "NP Merge on labels where they are known, elsewhere on the classes that the ensemble tells",
+        "NP Merge on labels where they are known, and everywhere on what the clients together tell",
         "fedmerge.merge.nonuniform:NPMerge",
-        {"targets": "completed"},
+        {"targets": "mixed"},
     ),
-    "finetune-semi": Entry(
-        "fine-tune the uniform mean on the same labels and classes", _FINETUNE, {"targets": "completed"}
+    "finetune-semi": Entry("fine-tune the uniform mean on the same", _FINETUNE, {"targets": "mixed"}),
+    "best-client-semi": Entry(
+        "fine-tune the client with the lowest loss on the same", _FINETUNE, {"start": "best", "targets": "mixed"}
+    ),
+    "fresh-semi": Entry(
+        "train a new model on the same: the control of these methods",
+        _FINETUNE,
+        {"start": "fresh", "targets": "mixed"},
     ),
     "task-arithmetic": Entry(
         "the clients' start plus the scaled sum of what each has learned from there",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 UNKNOWN = -1
 """The label of an example whose class is not known."""
@@ -54,6 +55,20 @@ class Examples:
     def labelled(self) -> bool:
         """Whether every example's class is known."""
         return bool(self.known.all())
+
+    def joined(self, others: Examples, num_classes: int) -> Examples:
+        """Return these examples and others, all with targets; those without have their label's.
+
+        Args:
+            others: on the same device.
+            num_classes: of the targets.
+        """
+        parts = [
+            part.targets if part.targets is not None else functional.one_hot(part.labels, num_classes)
+            for part in (self, others)
+        ]
+        targets = torch.cat([part.to(self.images.dtype) for part in parts])
+        return Examples(torch.cat([self.images, others.images]), torch.cat([self.labels, others.labels]), targets)
 
     def __len__(self) -> int:
         return len(self.labels)

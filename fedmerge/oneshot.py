@@ -226,6 +226,8 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     with foreseen(problem.model.state_dict(), copies, f"an alignment of {copies} models") as peak:
         found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
+    if getattr(aligner, "parts", False):  # parts of a mean, which no label counts can weigh
+        aligned = [replace(update, label_counts=None) for update in aligned]
     if any(update.statistics for update in ordered):
         aligned = [
             replace(update, statistics=_following(problem, update, found, place))

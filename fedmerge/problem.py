@@ -121,6 +121,7 @@ class Problem:
         start: the weights that every client's training started from; None where they are not one, or not known.
         others: the architectures that clients may have and the server has not, by name.
         truth_judges: what is learned is judged by the known classes, whatever the targets that it learns from.
+        mixtures: images made of the server's, with targets: they are learned from, and nothing else.
     """
 
     model: nn.Module
@@ -133,6 +134,7 @@ class Problem:
     start: StateDict | None = None
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     truth_judges: bool = False
+    mixtures: Examples | None = None
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmerge.basis import Permutation, rebase
 from fedmerge.catalogue import STATISTICS
 from fedmerge.models import create
-from fedmerge.problem import Examples, Problem, Update
+from fedmerge.problem import UNKNOWN, Examples, Problem, Update
 from fedmerge.seeds import generator
 from fedmerge.statistics import collect
 from fedmerge.train import LocalTraining, fit
@@ -90,3 +90,8 @@ def doubles(count: int) -> tuple[Problem, list[dict[str, Tensor]]]:
     ]
     examples = blobs(30, seed=9)
     return Problem(model, Examples(examples.images.double(), examples.labels), batch_size=8), states
+
+
+def hiding(problem: Problem, hidden: Tensor) -> Problem:
+    """Return the problem with some classes unknown."""
+    return replace(problem, data=Examples(problem.data.images, problem.data.labels.where(~hidden, UNKNOWN)))

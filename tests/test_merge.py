@@ -27,6 +27,8 @@ LEARNED = [
     "np-pairwise",
     "np-semi",
     "finetune-semi",
+    "best-client-semi",
+    "fresh-semi",
     "adamerging",
     "finetune",
     "head-finetune",
@@ -195,7 +197,7 @@ def test_a_learned_merge_is_never_chosen_worse_than_its_start(name: str, example
 
 def test_a_diverging_learning_rate_falls_back_to_the_start() -> None:
     problem, updates = problem_of("mlp@0.1", server_examples=600), trained("mlp@0.1")
-    found = NPMerge(groups="parameter", lrs=(1e30,), steps=40)(problem, updates, generator=stream())
+    found = NPMerge(groups="parameter", lrs=(1e30,), steps=40, start="mean")(problem, updates, generator=stream())
     assert found.diagnostics["steps"] == 0
     mean = mean_state([update.state for update in updates])
     for key, tensor in found.state.items():
@@ -220,14 +222,16 @@ def test_server_only_training_depends_on_no_client() -> None:
 
 
 def test_all_learned_methods_have_the_same_budget() -> None:
-    """As many candidates to choose from, and as many steps each, for ours as for every control."""
-    problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1", 2)
+    """As many candidates, and as many steps each, for ours as for every control; with few images half as many."""
+    updates = trained("mlp@0.1", 2)
     tried = {
-        name: resolve("merger", f"{name}:steps=20", MERGERS)(problem, updates, generator=stream()).diagnostics[
-            "candidates"
-        ]
+        (examples, name): resolve("merger", f"{name}:steps=20", MERGERS)(
+            problem_of("mlp@0.1", server_examples=examples), updates, generator=stream()
+        ).diagnostics["candidates"]
+        for examples in (60, 600)
         for name in ("np", "finetune", "head-finetune", "best-client-finetune", "server-only", "feddf")
     }
+    assert tried.pop((60, "np")) == 3
     assert set(tried.values()) == {6}
     assert NPMerge().steps == FineTune().steps == PairwiseNPMerge().steps
 

@@ -335,7 +335,7 @@ def test_what_diverges_even_then_is_the_start_and_says_so() -> None:
 
 def test_where_nothing_can_be_chosen_divergence_shows_on_the_examples_themselves() -> None:
     problem, updates = problem_of("mlp@0.1", server_examples=20), trained("mlp@0.1")
-    found = NPMerge(groups="parameter", lrs=(1e30,))(problem, updates, generator=stream())
+    found = NPMerge(groups="parameter", lrs=(1e30,), start="mean")(problem, updates, generator=stream())
     assert found.diagnostics["findings"] == [f"diverged with lr 1e+{30 - off} on all examples" for off in range(4)]
     mean = mean_state([update.state for update in updates])
     for name, tensor in found.state.items():
@@ -407,7 +407,7 @@ def test_a_tree_joins_neighbours_and_then_their_results() -> None:
     ("options", "message"),
     [
         ({"form": "cone"}, "form must be one of affine, shrink, box, simplex, free"),
-        ({"start": "worst"}, "start must be one of mean, examples, counts, best"),
+        ({"start": "worst"}, "start must be one of auto, mean, examples, counts, best"),
         ({"best_share": 1.2}, r"best_share must be in \[0, 1\]"),
         ({"decay": -1.0}, "decay must be at least 0"),
         ({"form": "box", "groups": "in-out"}, "use groups=channel or parameter"),

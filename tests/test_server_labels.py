@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from grids import in_process
-from problems import SHAPE, problem_of, same, trained
+from problems import SHAPE, hiding, problem_of, same, trained
 from torch import Tensor
 
 from fedmerge.cli import main
@@ -19,7 +19,7 @@ from fedmerge.config import Config
 from fedmerge.merge.objective import Objective
 from fedmerge.models import create
 from fedmerge.oneshot import check_needs, lesson, merge_updates, teach
-from fedmerge.problem import UNKNOWN, Examples, Problem, Update
+from fedmerge.problem import UNKNOWN, Examples, Update
 from fedmerge.runs import Run
 from fedmerge.server import collect, serve
 from fedmerge.settings import ConfigurationError
@@ -27,11 +27,6 @@ from fedmerge.strategy import OneShotMerge
 from fedmerge.train import evaluate
 
 QUICK = "lrs=0.01:steps=20"
-
-
-def hiding(problem: Problem, hidden: Tensor) -> Problem:
-    """Return the problem with some classes unknown."""
-    return replace(problem, data=Examples(problem.data.images, problem.data.labels.where(~hidden, UNKNOWN)))
 
 
 def every(number: int, of: int) -> Tensor:
@@ -141,8 +136,8 @@ def test_mergers_share_what_is_prepared_alike() -> None:
 def test_completed_targets_are_the_class_where_it_is_known_and_the_teachers_elsewhere() -> None:
     problem, updates = problem_of("mlp@0.1", server_examples=100), trained("mlp@0.1")
     part = hiding(problem, torch.arange(100) >= 60)
-    hard = Objective("hard").teach(part, updates).data.labels
-    found = Objective("completed").teach(part, updates)
+    hard = Objective("hard", "counts-geometric").teach(part, updates).data.labels
+    found = Objective("completed", "counts-geometric").teach(part, updates)
     assert found.data.targets is not None
     assert found.data.targets.sum(1).eq(1).all()
     assert torch.equal(found.data.targets.argmax(1)[:60], problem.data.labels[:60])
@@ -165,10 +160,10 @@ def test_too_few_labels_to_judge_by_are_completed_to_do_so() -> None:
 def test_the_ends_of_completed_targets_are_labels_and_a_teachers(name: str) -> None:
     problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1")
     nothing = hiding(problem, torch.ones(60, dtype=torch.bool))
-    for side, end in ((problem, name), (nothing, f"{name}-distill")):
+    for side, end in ((problem, name), (nothing, f"{name}:targets=hard")):
         semi, other = (
             merge_updates(side, updates, align="activations", merge=f"{merge}:{QUICK}", seed=0).merged
-            for merge in (f"{name}-semi", end)
+            for merge in (f"{name}:targets=completed", end)
         )
         assert same(semi.state, other.state)
         assert semi.server_labels is other.server_labels is (side is problem)
@@ -176,9 +171,10 @@ def test_the_ends_of_completed_targets_are_labels_and_a_teachers(name: str) -> N
 
 def test_mixed_targets_have_labels_where_they_are_known() -> None:
     problem, updates = problem_of("mlp@0.1", server_examples=100), trained("mlp@0.1")
-    whole = Objective("mixed", label_share=0.3).teach(problem, updates).data.targets
-    soft = Objective("soft").teach(problem, updates).data.targets
-    found = Objective("mixed", label_share=0.3).teach(hiding(problem, torch.arange(100) >= 60), updates)
+    mixed = Objective("mixed", "counts-geometric", label_share=0.3)
+    whole = mixed.teach(problem, updates).data.targets
+    soft = Objective("soft", "counts-geometric").teach(problem, updates).data.targets
+    found = mixed.teach(hiding(problem, torch.arange(100) >= 60), updates)
     assert found.data.targets is not None
     assert whole is not None
     assert soft is not None
@@ -191,16 +187,14 @@ def test_semi_supervised_learning_uses_all_images_and_is_chosen_no_worse_than_it
     found = merge_updates(part, trained("mlp@0.1"), align="activations", merge=f"np-semi:{QUICK}", seed=0)
     assert (found.merged.server_examples, found.merged.server_labels) == (150, True)
     told = found.diagnostics["merge"]
-    assert (told["targets"], told["teacher"]) == ("completed", "propagated")
+    assert (told["targets"], told["teacher"]) == ("mixed", "propagated")
     assert told["validation-loss"] <= told["start-loss"]
 
 
 # Before clients train.
 
 
-@pytest.mark.parametrize(
-    "merge", ["np", "finetune", "np-distill:teacher=stacked", "np:targets=mixed", "ensemble-stacked"]
-)
+@pytest.mark.parametrize("merge", ["np", "finetune", "np-distill:teacher=stacked", "np-semi", "ensemble-stacked"])
 def test_a_method_that_needs_labels_is_refused_without_them(merge: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"--merge {merge} needs the classes .*none is known.*np-distill"):
         check_needs(merge, labels=False)
@@ -214,9 +208,7 @@ def test_a_method_that_needs_label_counts_is_refused_without_them(merge: str) ->
     check_needs(merge)
 
 
-@pytest.mark.parametrize(
-    "merge", ["mean", "fedavg", "best-client", "ensemble", "np-distill:teacher=mean", "np-semi:teacher=mean"]
-)
+@pytest.mark.parametrize("merge", ["mean", "fedavg", "best-client", "ensemble", "np-distill:teacher=mean"])
 def test_a_method_that_needs_nothing_is_taken_without_anything(merge: str) -> None:
     check_needs(merge, labels=False, label_counts=False)
 

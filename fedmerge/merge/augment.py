@@ -40,6 +40,21 @@ def augmented(images: Tensor, augment: str, generator: torch.Generator) -> Tenso
     return vertically.gather(3, columns[:, None, None, :].expand_as(images))
 
 
+def mixtures(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return images λ x + (1 − λ) x′ of pairs of the images, λ uniform in [0, 1].
+
+    Zhang, Cissé, Dauphin, Lopez-Paz: mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv 1710.09412.
+
+    Args:
+        images: (examples, …).
+        count: of the mixtures.
+        generator: decides the pairs and λ.
+    """
+    first, second = torch.randint(len(images), (2, count), generator=generator).to(images.device)
+    share = torch.rand(count, *[1] * (images.ndim - 1), generator=generator).to(images)
+    return torch.lerp(images[first], images[second], share)
+
+
 def _shifted(places: Tensor, generator: torch.Generator) -> Tensor:
     count, size = places.shape
     most = max(1, round(size * SHIFT_SHARE))

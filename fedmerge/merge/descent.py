@@ -112,13 +112,16 @@ def descend(
     training_buffers = {name: tensor.clone() for name, tensor in buffers.items()}  # training mode changes them in place
     rule = Adam(candidate.lr, schedule.decay)
     chance = torch.Generator().manual_seed(derive(seed, "augment"))
-    order = _forever(len(data), problem.batch_size, torch.Generator().manual_seed(seed))
+    lessons = data
+    if problem.mixtures is not None and problem.mixtures.targets is not None:
+        lessons = data.joined(problem.mixtures, problem.mixtures.targets.shape[1])
+    order = _forever(len(lessons), problem.batch_size, torch.Generator().manual_seed(seed))
     done = 0
     for look in looks:
         means = [value.clone() for value in coordinates.values] if schedule.average else []
         with _training(problem.model), default_generator(derive(seed, look), data.images.device):
             for number in range(1, look - done + 1):
-                batch = data[next(order).to(data.images.device)]
+                batch = lessons[next(order).to(data.images.device)]
                 batch = replace(batch, images=augmented(batch.images, schedule.augment, chance))
                 coordinates.step(gradients(problem, coordinates, training_buffers, batch, schedule.entropy), rule)
                 if means:

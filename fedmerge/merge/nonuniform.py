@@ -29,7 +29,7 @@ from fedmerge.merge.objective import Objective
 from fedmerge.merge.pair import SigmoidPair
 from fedmerge.merge.starts import STARTS, starting
 from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, Span, Tied
-from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
+from fedmerge.problem import FEWEST_TO_SPLIT, LABEL_COUNTS, Merged, Problem, Update
 from fedmerge.state import StateDict
 from fedmerge.train import evaluate
 
@@ -48,7 +48,7 @@ class NPMerge(Objective):
     Attributes:
         groups: what shares a coefficient: "model", "tensor", "channel" (of the output), "parameter"; "in-out": the sum
             of a number for the output channel and one for the input channel; "coarse-to-fine": tensor, and after some
-            steps channel and parameter; or "auto", which chooses between channel and parameter.
+            steps channel and parameter; or "auto": channel below 500 examples, else the better of it and parameter.
         lrs: Adam's learning rates to choose from, in units of α; the first is the default.
         steps: most steps.
         form: "affine" (Σ_k α_k = 1), "shrink" (affine times a learned factor), "box" (affine, low ≤ α ≤ high),
@@ -56,7 +56,8 @@ class NPMerge(Objective):
         low: least α of a box, at most 1/K.
         high: greatest α of a box, at least 1/K.
         start: α before the first step: "mean" (1/K), "examples" (FedAvg's), "counts" (FedAvg's, in the last layer's
-            rows by label counts) or "best" (`best_share` for the best client, the rest for the others alike).
+            rows by label counts), "best" (`best_share` for the best client, the rest for the others alike), or "auto":
+            "counts" where they are known, else "mean".
         best_share: the best client's α at the start "best", in [0, 1].
         decay: pull toward the start, as a share of the learning rate (AdamW's weight decay).
     """
@@ -67,7 +68,7 @@ class NPMerge(Objective):
     form: str = "affine"
     low: float = -1.0
     high: float = 2.0
-    start: str = "mean"
+    start: str = "auto"
     best_share: float = 0.6
     decay: float = 0.0
 
@@ -83,13 +84,12 @@ class NPMerge(Objective):
             raise ValueError(f"best_share must be in [0, 1], got {self.best_share}")
         if not 0 <= self.decay < math.inf:
             raise ValueError(f"decay must be at least 0, got {self.decay}")
-        if self.form in ("box", "simplex"):
-            coarse = self.groups in ("model", "tensor") and self.start == "counts"
-            if coarse or self.groups in ("in-out", "coarse-to-fine"):
-                raise ValueError(
-                    f"form={self.form} bounds each coefficient by itself, and groups={self.groups} with "
-                    f"start={self.start} make it of several numbers; use groups=channel or parameter"
-                )
+        several = (self._coarse and self.start == "counts") or self.groups in ("in-out", "coarse-to-fine")
+        if several and self.bounds is not None:
+            raise ValueError(
+                f"form={self.form} bounds each coefficient by itself, and groups={self.groups} with "
+                f"start={self.start} make it of several numbers; use groups=channel or parameter"
+            )
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
@@ -98,16 +98,17 @@ class NPMerge(Objective):
         if len(states) == 1:
             return Merged(({name: tensor.clone() for name, tensor in states[0].items()},))
         problem = self.teach(problem, updates)
-        start = starting(self.start, problem, updates, best_share=self.best_share, smoothing=self.smoothing)
+        name = "mean" if self.start == "auto" and self.bounds is not None and self._coarse else self.start
+        start = starting(name, problem, updates, best_share=self.best_share, smoothing=self.smoothing)
         if self.bounds is not None:
             start = start.within(*self.bounds)
         first = start.state(states)
         parameters, buffers = split_state(problem, first)
-        centre = None if self.form == "free" else first if self.start == "mean" else mean_state(states)
+        centre = None if self.form == "free" else mean_state(states)
         given = Ingredients(parameters, states, start.shares(parameters), centre, affine=centre is not None)
         candidates = [
             Candidate({"groups": groups} | ({"pace": pace} if pace else {}), lr, make)
-            for groups in (("channel", "parameter") if self.groups == "auto" else (self.groups,))
+            for groups in self._groups(problem)
             for pace in (PACES if groups == "coarse-to-fine" else (0,))
             for make in [self._mixture(given, groups, pace)]
             for lr in self.lrs
@@ -121,7 +122,7 @@ class NPMerge(Objective):
     @property
     def takes_parts(self) -> bool:
         """Whether no single client's model is looked at before the first step."""
-        return self.start == "mean"
+        return self.start in ("auto", "mean")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -146,6 +147,16 @@ class NPMerge(Objective):
     def bounds(self) -> tuple[float, float] | None:
         """The least and the greatest α."""
         return {"box": (self.low, self.high), "simplex": (0.0, 1.0)}.get(self.form)
+
+    @property
+    def _coarse(self) -> bool:
+        """Whether the head's rows, which the start by label counts tells apart, share their coefficients."""
+        return self.groups in ("model", "tensor")
+
+    def _groups(self, problem: Problem) -> tuple[str, ...]:
+        if self.groups != "auto":
+            return (self.groups,)
+        return ("channel",) if len(problem.data) < FEWEST_TO_SPLIT else ("channel", "parameter")
 
     def _mixture(self, given: Ingredients, groups: str, pace: int) -> Callable[[], Coordinates]:
         def make() -> Coordinates:

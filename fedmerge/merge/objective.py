@@ -8,7 +8,9 @@ the teacher's targets where they are known; then they judge, if they are enough 
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets). Lee:
 Pseudo-Label, ICML 2013 Workshop on Challenges in Representation Learning (the class where it is known, a model's
 elsewhere; his model teaches itself). Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, SIAM
-Journal on Control and Optimization 30(4), 1992 (the mean over the last steps; ours is of 20).
+Journal on Control and Optimization 30(4), 1992 (the mean over the last steps; ours is of 20). Beyer, Zhai, Royer,
+Markeeva, Anil, Kolesnikov: Knowledge Distillation: A Good Teacher Is Patient and Consistent, CVPR 2022,
+arXiv 2106.05237 (the teacher tells of mixed images too; ours are mixed once, not anew in each step).
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fedmerge.merge.augment import AUGMENTATIONS
+from fedmerge.merge.augment import AUGMENTATIONS, mixtures
 from fedmerge.merge.pool import needs_of, pool_of
 from fedmerge.merge.teacher import PROPAGATED, SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
+from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 from fedmerge.train import opinions
 
@@ -44,6 +47,8 @@ class Objective:
         smoothing: examples added to each of the clients' label counts, at least 0.
         label_share: the labels' share in mixed targets, in [0, 1].
         augment: what is done to the images of a step: "none", "shifts", "flips" or "both".
+        mixtures: images mixed of pairs of the server's, as many more to learn from, where there is a teacher to tell of
+            them. They judge nothing.
         average: take the mean of what is learned over the last steps (20), not the last one.
     """
 
@@ -53,6 +58,7 @@ class Objective:
     smoothing: float = SMOOTHING
     label_share: float = 0.5
     augment: str = "none"
+    mixtures: int = 3000
     average: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +67,8 @@ class Objective:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if self.mixtures < 0:
+            raise ValueError(f"mixtures must be a number of images, at least 0, got {self.mixtures}")
         if not 0 <= self.label_share <= 1:
             raise ValueError(f"label_share must be in [0, 1], got {self.label_share}")
         check_smoothing(self.smoothing)
@@ -126,6 +134,11 @@ class Objective:
         found = pool.combine(opinions(problem, updates, data.images))
         classes = found.argmax(1)
         taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
+        if self.mixtures:
+            stream = generator(problem.seed, "server", "mixtures")
+            images = mixtures(data.images, self.mixtures, stream)
+            told = pool.combine(opinions(problem, updates, images)).exp().to(images.dtype)
+            taught = replace(taught, mixtures=Examples(images, told.argmax(1), told))
         if self.targets in ("hard", "completed") and not semi:
             return replace(taught, data=Examples(data.images, classes))
         if self.targets == "sharpened":

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmerge.merge.propagation import propagated
+from fedmerge.merge.propagation import FEWEST, propagated
 from fedmerge.merge.stacking import Stacker, bare, stack
 from fedmerge.merge.teacher import PROPAGATED, STACKED, Teacher, teacher_of
 from fedmerge.problem import LABEL_COUNTS, LABELS, Combination, Problem, Update
@@ -46,7 +46,8 @@ def pool_of(
         problem: the server's side, not taught.
         updates: at least one.
         smoothing: examples added to each label count.
-        use_labels: whether "propagated" starts from the classes that are known; "stacked" always learns from them.
+        use_labels: whether "propagated" starts from the classes that are known, and learns from them alone where there
+            are too few images to propagate anything; "stacked" always learns from them.
 
     Raises:
         ConfigurationError: if no class is known, and the rule learns from them.
@@ -58,6 +59,8 @@ def pool_of(
             "the teacher 'stacked' needs classes of the server's images, and none is known (--server-labels): use one "
             "that needs none (teacher=propagated, teacher=mean)"
         )
+    if rule == PROPAGATED and use_labels and len(problem.data) < FEWEST and problem.may_choose:
+        rule = STACKED
     counted = rule == PROPAGATED or all(update.label_counts and sum(update.label_counts) for update in updates)
     prior = teacher_of("counts-geometric" if counted else "mean", updates, smoothing)
     part = problem if rule == PROPAGATED else problem.restricted(problem.labelled)

@@ -14,9 +14,10 @@ from fedmerge.merge.box import onto_box
 from fedmerge.merge.heads import find_head, head_rows
 from fedmerge.merge.teacher import class_weights, known_counts
 from fedmerge.problem import Problem, Update
+from fedmerge.settings import ConfigurationError
 from fedmerge.state import StateDict
 
-STARTS = ("mean", "examples", "counts", "best")
+STARTS = ("auto", "mean", "examples", "counts", "best")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def starting(name: str, problem: Problem, updates: Sequence[Update], *, best_sha
     """Return a start by name.
 
     Args:
-        name: one of `STARTS`.
+        name: one of `STARTS`; "auto" is "counts" where every client tells its label counts and the model has a head,
+            otherwise "mean".
         problem: the server's side.
         updates: the clients', at least two.
         best_share: of the best client, where that is the start; the rest is the others' alike.
@@ -83,6 +85,11 @@ def starting(name: str, problem: Problem, updates: Sequence[Update], *, best_sha
     Raises:
         ConfigurationError: if the start needs label counts that are not known, or a head that is not there.
     """
+    if name == "auto":
+        try:
+            return starting("counts", problem, updates, best_share=best_share, smoothing=smoothing)
+        except ConfigurationError:
+            name = "mean"
     if name == "mean":
         return Start(torch.ones(len(updates), dtype=torch.float64))
     if name == "best":

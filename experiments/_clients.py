@@ -1,0 +1,50 @@
+"""The clients that the experiments on the server's data share: trained once in a folder, merged again by each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from _run import compare
+
+from fedmerge.runs import Run
+
+SERVER = 5000
+"""Images of the server's, in no client; experiments use all or some of them."""
+PARTITIONS = {
+    "Dirichlet(0.1)": "--partition dirichlet --alpha 0.1",
+    "Dirichlet(0.3)": "--partition dirichlet --alpha 0.3",
+    "Dirichlet(0.5)": "--partition dirichlet --alpha 0.5",
+    "disjoint": "--partition disjoint",
+}
+"""Flags by name, from much to little skew, and clients with classes of their own."""
+SEEDS = {"Dirichlet(0.1)": "0,1,2,3,4"}
+"""Of the partitions that have more than three."""
+
+SMOKE = "fedmerge compare --partition dirichlet --alpha 0.3 --server-examples 300 --server-labels 0 --methods fedavg"
+"""Clients for the smoke size."""
+
+
+def command(partition: str, init: str) -> str:
+    """Return the command that trains clients: a CNN of 420,000 parameters on Fashion-MNIST, five clients, 10 epochs.
+
+    Args:
+        partition: a key of `PARTITIONS`.
+        init: "shared" or "independent".
+    """
+    return (
+        "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
+        f"{PARTITIONS[partition]} --init {init} --server-examples {SERVER} --server-labels 0 "
+        f"--seeds {SEEDS.get(partition, '0,1,2')} --methods fedavg,ensemble"
+    )
+
+
+def clients(partition: str, init: str, out: Path) -> Run:
+    """Return the run of such clients, trained now if they are not there.
+
+    Args:
+        partition: a key of `PARTITIONS`.
+        init: "shared" or "independent".
+        out: folder of the clients.
+    """
+    letters = "".join(letter for letter in partition.lower() if letter.isalnum() or letter == ".")
+    return compare(command(partition, init), out / f"clients-{letters}-{init}")

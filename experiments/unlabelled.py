@@ -1,0 +1,67 @@
+"""Claim: without a single label on the server, one model comes near the ensemble of all clients, and far above FedAvg.
+
+    python experiments/unlabelled.py                    # Fashion-MNIST, 5 clients, Dirichlet(0.1), 5 seeds
+    python experiments/unlabelled.py --size smoke       # digits, 1 seed, a minute; what CI runs
+
+The server owns 5,000 images and no class of any. `fresh-distill` is the control that tells what the merge itself adds:
+a new network taught by the same teacher. At full size it writes experiments/expected/unlabelled.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from _clients import SMOKE, clients, command
+from _run import Rows, accuracies, compare, holds, main, mean_of, merge, rows_of, table, write
+
+INITS = ("shared", "independent")
+PARTITION = "Dirichlet(0.1)"
+GOALS = {"shared": 0.85, "independent": 0.84}
+"""Accuracies of our model to reach."""
+
+OURS = "activations+np-distill"
+ENSEMBLES = ("ensemble", "ensemble-geometric", "ensemble-propagated")
+CONTROLS = ("feddf", "fresh-distill", "finetune-distill", "best-client-distill")
+AGAIN = f"--server-labels 0 --methods {','.join((*ENSEMBLES[1:], *CONTROLS, OURS))}"
+
+
+def unlabelled(size: str, out: Path) -> None:
+    """Run, assert, and at full size write what docs/benchmark.md quotes.
+
+    Args:
+        size: "full" or "smoke".
+        out: folder for the runs.
+    """
+    if size == "smoke":
+        run = compare(SMOKE, out / "unlabelled-clients")
+        [again] = merge({out / "unlabelled": (run, f"--methods feddf,fresh-distill,{OURS}")})
+        check({"smoke": {**rows_of(run), **rows_of(again)}})
+        return
+    runs = {init: clients(PARTITION, init, out) for init in INITS}
+    again = merge({out / f"unlabelled-{init}": (run, AGAIN) for init, run in runs.items()})
+    found = {init: {**rows_of(run), **rows_of(new)} for (init, run), new in zip(runs.items(), again, strict=True)}
+    check(found)
+    content = {
+        "commands": [*(command(PARTITION, init) for init in INITS), f"fedmerge merge RUN {AGAIN} --out NEW"],
+        "accuracy": accuracies(found),
+        "table": table(found, ("fedavg", *ENSEMBLES, *CONTROLS, OURS)),
+        "goals": {init: {"goal": goal, "found": mean_of(found[init], OURS)} for init, goal in GOALS.items()},
+    }
+    write("unlabelled", content, runs["shared"])
+
+
+def check(found: Mapping[str, Rows]) -> None:
+    """Assert the claim.
+
+    Args:
+        found: rows by method, by initialisation.
+    """
+    for init, rows in found.items():
+        ours, *others = [(name, mean_of(rows, name)) for name in (OURS, "fedavg", "feddf", "fresh-distill")]
+        assert all(ours[1] > accuracy for _, accuracy in others), f"{ours} is not above {others}"
+        holds(f"without a label, {init}", [ours, *others])
+
+
+if __name__ == "__main__":
+    main(__doc__, unlabelled)
