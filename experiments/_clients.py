@@ -1,4 +1,4 @@
-"""The clients that the experiments on the server's data share: trained once in a folder, merged again by each of them."""
+"""The clients that the experiments on the server's data share: trained once, merged again by each of them."""
 
 from __future__ import annotations
 
