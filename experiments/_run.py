@@ -22,6 +22,8 @@ from fedmerge.tables import NOTHING, percent
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected"
 FIGURES = HERE.parent / "docs" / "figures"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))}
+"""Of the commands: the models that experiments define can be imported by name."""
 
 Rows = Mapping[str, Row]
 """What a run found out, by method."""
@@ -44,14 +46,16 @@ def main(description: str | None, experiment: Callable[[str, Path], None]) -> No
 
 
 def compare(command: str, out: Path) -> Run:
-    """Run `fedmerge compare …` into a run folder, or finish the run that is there.
+    """Run `fedmerge compare …` (or simulate) into a run folder, or finish the run that is there.
 
     Args:
         command: as a user would type it, without --out.
         out: the run folder.
     """
-    words = ["compare", "--resume"] if (out / "config.json").exists() else shlex.split(command)[1:]
-    subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True)
+    words = shlex.split(command)[1:]
+    if (out / "config.json").exists():
+        words = [words[0], "--resume"]
+    subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True, env=ENVIRONMENT)
     return Run.open(out)
 
 
@@ -66,7 +70,7 @@ def merge(jobs: Mapping[Path, tuple[Run, str]]) -> list[Run]:
         if not (out / "report.html").exists():
             shutil.rmtree(out, ignore_errors=True)
             words = ["merge", str(run.path), *shlex.split(arguments), "--out", str(out), "--quiet"]
-            subprocess.run([sys.executable, "-m", "fedmerge", *words], check=True)
+            subprocess.run([sys.executable, "-m", "fedmerge", *words], check=True, env=ENVIRONMENT)
         return Run.open(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
