@@ -22,10 +22,9 @@ from fedmerge.tables import size as written
 
 PARTITION = "Dirichlet(0.1)"
 SEEDS = (0, 1, 2)
-SHOWN = (1, 2, 5, 10, 20, 30)
+SHOWN = (1, 2, 5, 10, 20)
 RIVALS = {
-    "FedAvg, float32": "",
-    "FedAvg, float16 up": "--upload-dtype float16",
+    "FedAvg": "",
     "FedProx(0.01)": "--proximal-mu 0.01",
 }
 OURS = "np-distill"
@@ -125,7 +124,7 @@ def table(
         course = [statistics.fmean(values) for values in zip(*courses[rival], strict=True)]
         reached = next((number for number, accuracy in enumerate(course, 1) if accuracy >= one), None)
         until = (
-            ("not in 30", written(30 * traffic[rival]))
+            (f"not in {SHOWN[-1]}", written(SHOWN[-1] * traffic[rival]))
             if reached is None
             else (str(reached), written(reached * traffic[rival]))
         )

@@ -1,0 +1,69 @@
+"""Claim: a joint NP Merge stands more clients than successive pairs do, in a fraction of their time.
+
+    python experiments/many_clients.py                  # Fashion-MNIST, LeNet-5, 2 to 50 clients, 3 seeds
+    python experiments/many_clients.py --size smoke     # digits, 1 seed, a minute; what CI runs
+
+The same 20,000 images are divided among more and more clients by Dirichlet(0.3); the server has 1,000 labelled images.
+Pairs are merged in three orders. At full size it writes experiments/expected/many_clients.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from _run import accuracies, compare, holds, main, mean_of, rows_of, table, write
+
+from fedmerge.tables import duration
+
+COUNTS = (2, 5, 10, 20, 50)
+OURS = "activations+np"
+ORDERS = ("given", "best-first", "tree")
+PAIRS = tuple(f"activations+np-pairwise:order={order}" for order in ORDERS)
+METHODS = ("fedavg", "ensemble", "server-only", "best-client-finetune", "activations+finetune", *PAIRS, OURS)
+
+
+def command(count: int) -> str:
+    """Return the command of so many clients."""
+    return (
+        f"fedmerge compare --data fashion-mnist --model lenet5 --clients {count} --client-examples 20000 "
+        "--partition dirichlet --alpha 0.3 --init independent --server-examples 1000 --seeds 0,1,2 "
+        f"--methods {','.join(METHODS)}"
+    )
+
+
+def many_clients(size: str, out: Path) -> None:
+    """Run, assert, and at full size write what docs/benchmark.md quotes.
+
+    Args:
+        size: "full" or "smoke".
+        out: folder for the runs.
+    """
+    if size == "smoke":
+        names = ("activations+np-pairwise:steps=20:lrs=0.1", "activations+np:steps=20:lrs=0.01")
+        words = f"--clients 8 --server-examples 60 --local-epochs 2 --methods {','.join(names)}"
+        rows = rows_of(compare(f"fedmerge compare {words}", out / "clients-smoke"))
+        assert (rows[names[1]].seconds or 0) < (rows[names[0]].seconds or 0)
+        holds("joint takes less time", [(name, mean_of(rows, name)) for name in names])
+        return
+    runs = {count: compare(command(count), out / f"clients-{count}") for count in COUNTS}
+    found = {f"{count} clients": rows_of(run) for count, run in runs.items()}
+    most = found[f"{COUNTS[-1]} clients"]
+    for pairs in PAIRS:
+        assert mean_of(most, OURS) > mean_of(most, pairs) - 0.01
+        assert (most[OURS].seconds or 0) < (most[pairs].seconds or 0) / 5
+    holds("joint NP Merge of 50 clients", [(name, mean_of(most, name)) for name in (OURS, *PAIRS)])
+    seconds = [
+        f"| Seconds of `{name}` | {' | '.join(duration(rows[name].seconds) for rows in found.values())} |"
+        for name in (OURS, *PAIRS)
+    ]
+    content = {
+        "commands": [command(count) for count in COUNTS],
+        "accuracy": accuracies(found),
+        "seconds": {name: {cell: rows[name].seconds for cell, rows in found.items()} for name in METHODS},
+        "table": [*table(found, METHODS), *seconds],
+    }
+    write("many_clients", content, runs[COUNTS[0]])
+
+
+if __name__ == "__main__":
+    main(__doc__, many_clients)
