@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from _flower import app_of
 from _measure import Row, Timing, main
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid
 from torch.nn import functional
 
 from fedmerge import federation, models
@@ -29,6 +31,8 @@ from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
 from fedmerge.wire import arrays_from_state
 
+Measure = Callable[[Config, int], tuple[Timing, Timing]]
+
 TICKS = os.sysconf("SC_CLK_TCK")
 COMMON = Config(
     data="fashion-mnist",
@@ -39,6 +43,7 @@ COMMON = Config(
     merge="fedavg",
     screen="off",
     min_client_examples=1,
+    client_metrics=False,
 )
 
 
@@ -67,6 +72,11 @@ class Rounds:
         self.floor()
         self.bare.append((time.process_time() - began[0], time.perf_counter() - began[1]))
         self.before = _now()
+
+    def timings(self) -> tuple[Timing, Timing]:
+        """Return ours and the floor, but for the first round, which starts the actors."""
+        ours, bare = [zip(*measurements[1:], strict=True) for measurements in (self.ours, self.bare)]
+        return Timing(*map(tuple, ours)), Timing(*map(tuple, bare))
 
 
 def tree_seconds() -> float:
@@ -122,44 +132,82 @@ def measured(config: Config, repeats: int) -> tuple[Timing, Timing]:
     """
     examples = federation.load(config)
     rounds = Rounds(bare_loop(config, examples))
-    model = _model(config, examples)
     with simulation(config, examples) as grid:
-        strategy = OneShotMerge(
-            model,
-            examples.server.images,
-            examples.server.labels,
-            align=config.align,
-            merge=config.merge,
-            screen=config.screen,
-            min_completed=config.clients,
-            min_train_nodes=config.clients,
-            on_round=rounds,
-            ttl=config.timeout,
-        )
-        told = ConfigRecord(ImageFormat.of(examples.dataset).to_mapping())
-        strategy.start(
-            grid, initial_arrays=arrays_from_state(model.state_dict()), num_rounds=repeats + 1, train_config=told
-        )
-    ours, bare = [zip(*measurements[1:], strict=True) for measurements in (rounds.ours, rounds.bare)]
-    return Timing(*map(tuple, ours)), Timing(*map(tuple, bare))
+        run_rounds(grid, config, rounds, repeats + 1)
+    return rounds.timings()
+
+
+def measured_under_flower(config: Config, repeats: int) -> tuple[Timing, Timing]:
+    """Return what `measured` does, of the same clients and strategy under Flower's own simulation engine.
+
+    Args:
+        config: the federation's configuration.
+        repeats: rounds that count.
+    """
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    rounds = Rounds(bare_loop(config, federation.load(config)))
+    server = ServerApp()
+
+    @server.main()
+    def serve(grid: Grid, _: Context) -> None:
+        run_rounds(grid, config, rounds, repeats + 1)
+
+    run_simulation(server, app_of(config), config.clients, backend_config={"client_resources": {"num_cpus": 1}})
+    return rounds.timings()
+
+
+def run_rounds(grid: Grid, config: Config, rounds: Rounds, count: int) -> None:
+    """Run rounds over a grid.
+
+    Args:
+        grid: reaches the clients.
+        config: the federation's configuration.
+        rounds: told of each merge.
+        count: how many.
+    """
+    examples = federation.load(config)
+    model = _model(config, examples)
+    strategy = OneShotMerge(
+        model,
+        examples.server.images,
+        examples.server.labels,
+        align=config.align,
+        merge=config.merge,
+        screen=config.screen,
+        min_completed=config.clients,
+        min_train_nodes=config.clients,
+        on_round=rounds,
+        ttl=config.timeout,
+    )
+    told = ConfigRecord(ImageFormat.of(examples.dataset).to_mapping())
+    strategy.start(grid, initial_arrays=arrays_from_state(model.state_dict()), num_rounds=count, train_config=told)
 
 
 def benchmark(quick: bool) -> list[Row]:
     """Return a row for each federation."""
-    cases = {
-        "cnn, Dirichlet(0.3)": COMMON.replace(model="cnn", clients=100, client_examples=20_000),
-        "mlp, Dirichlet(0.3)": COMMON.replace(model="mlp", clients=100, client_examples=20_000),
-    } | {
-        f"mlp@0.05, 1 image each, {clients} clients": COMMON.replace(
-            model="mlp@0.05", clients=clients, client_examples=clients, partition="iid"
-        )
-        for clients in (100, 1_000)
+    tiny = COMMON.replace(model="mlp@0.05", partition="iid")
+    mlp = COMMON.replace(model="mlp", clients=100, client_examples=20_000)
+    cases: dict[str, tuple[Measure, Config]] = {
+        "cnn, Dirichlet(0.3)": (measured, mlp.replace(model="cnn")),
+        "mlp, Dirichlet(0.3)": (measured, mlp),
+        "mlp, Dirichlet(0.3), 10 side by side": (measured, mlp.replace(batched_clients=10)),
     }
+    for clients in (10, 100, 1_000, 10_000):
+        config = tiny.replace(clients=clients, client_examples=clients)
+        cases[f"mlp@0.05, 1 image each, {clients} clients"] = measured, config
+    side = config.replace(clients=1_000, client_examples=1_000, batched_clients=50)
+    cases["mlp@0.05, 1 image each, 1000 clients, 50 side by side"] = measured, side
+    for clients in (20, 100):
+        config = tiny.replace(clients=clients, client_examples=clients)
+        cases[f"mlp@0.05, 1 image each, {clients} clients, Flower's engine"] = measured_under_flower, config
     if quick:
-        cases = {"mlp@0.05, 1 image each": COMMON.replace(clients=4, client_examples=4, partition="iid", data="digits")}
+        few = COMMON.replace(clients=4, client_examples=4, partition="iid", data="digits")
+        cases = {"1 image each": (measured, few), "2 side by side": (measured, few.replace(batched_clients=2))}
     rows: list[Row] = []
-    for name, config in cases.items():
-        ours, bare = measured(config, 1 if quick else 3)
+    for name, (measure, config) in cases.items():
+        ours, bare = measure(config, 1 if quick else 3)
         pairs = list(zip(ours.cpu, bare.cpu, strict=True))
         over = sorted((mine - floor) / config.clients for mine, floor in pairs)[len(pairs) // 2]
         rows.append(

@@ -64,7 +64,7 @@ class Service:
         self.host.path(directory).mkdir(parents=True, exist_ok=True)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         [pause] = settings["RestartSec"]
-        kept = f"while :; do {shlex.join(words)}; sleep {pause}; done"
+        kept = f"while :; do {shlex.join(words)} || true; sleep {pause}; done"  # the shell ends at what fails
         self.host.popen(kept, environment=environment, directory=directory, log=self.log)
 
 

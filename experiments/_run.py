@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.runs import Run
-from fedmerge.summary import Difference, Row, difference, summarize
+from fedmerge.summary import Difference, Row, summarize, with_interval
 from fedmerge.tables import NOTHING, percent
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def advantage(cells: Iterable[Rows], ours: str, theirs: str) -> Difference:
         ours: a method.
         theirs: another.
     """
-    return difference(
+    return with_interval(
         [accuracy - rows[theirs].accuracies[seed] for rows in cells for seed, accuracy in rows[ours].accuracies.items()]
     )
 

@@ -6,12 +6,13 @@
 The server owns these labelled images and nothing else; all methods learn from the same ones. The clients start from
 initialisations of their own. `…-semi` methods are told by the clients too what is on the images, and on mixtures of
 them; the others learn from the labels alone. Differences are paired by client set. At full size it writes
-experiments/expected/labelled-100.json and labelled-1000.json.
+experiments/expected/labelled.json.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from _clients import PARTITIONS, SMOKE, clients, command
 from _run import accuracies, advantage, compare, holds, main, mean_of, merge, rows_of, table, write
@@ -51,6 +52,7 @@ def labelled(size: str, out: Path) -> None:
         holds("60 labels, above fedavg", [(ours, accuracy)])
         return
     runs = {name: clients(name, "independent", out) for name in PARTITIONS}
+    content: dict[str, dict[str, Any]] = {"accuracy": {}, "tables": {}, "goals": {}}
     for labels in BUDGETS:
         again = merge({out / f"labelled-{labels}" / run.path.name: (run, arguments(labels)) for run in runs.values()})
         found = {name: rows_of(run) for name, run in zip(runs, again, strict=True)}
@@ -61,16 +63,17 @@ def labelled(size: str, out: Path) -> None:
         shown = ("best-client", *ENSEMBLES, *CONTROLS, OURS)
         last = [f"`{OURS}` is above by", "---:"]
         last += [points(ahead[name]) if name in ahead else NOTHING for name in shown]
-        content = {
-            "commands": [
-                *(command(name, "independent") for name in PARTITIONS),
-                f"fedmerge merge RUN {arguments(labels)} --out NEW",
-            ],
-            "accuracy": accuracies(found),
-            "table": [f"{line} {cell} |" for line, cell in zip(table(found, shown), last, strict=True)],
-            "goal": {"goal": GOALS[labels], "found": ahead[nearest].mean, "interval": ahead[nearest].half_width},
-        }
-        write(f"labelled-{labels}", content, next(iter(runs.values())))
+        content["accuracy"][f"{labels}"] = accuracies(found)
+        content["tables"][f"{labels}"] = [
+            f"{line} {cell} |" for line, cell in zip(table(found, shown), last, strict=True)
+        ]
+        goal = {"goal": GOALS[labels], "found": ahead[nearest].mean, "interval": ahead[nearest].half_width}
+        content["goals"][f"{labels}"] = goal
+    commands = [
+        *(command(name, "independent") for name in PARTITIONS),
+        *(f"fedmerge merge RUN {arguments(labels)} --out NEW" for labels in BUDGETS),
+    ]
+    write("labelled", {"commands": commands, **content}, next(iter(runs.values())))
 
 
 if __name__ == "__main__":

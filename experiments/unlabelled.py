@@ -9,21 +9,26 @@ a new network taught by the same teacher. At full size it writes experiments/exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from _clients import SMOKE, clients, command
 from _run import Rows, accuracies, compare, holds, main, mean_of, merge, rows_of, table, write
 
-INITS = ("shared", "independent")
 PARTITION = "Dirichlet(0.1)"
+OURS = {"shared": "np-distill", "independent": "activations+np-distill"}
+"""By the clients' initialisation: models that started alike need no alignment."""
 GOALS = {"shared": 0.85, "independent": 0.84}
-"""Accuracies of our model to reach."""
+"""Accuracies to reach."""
 
-OURS = "activations+np-distill"
 ENSEMBLES = ("ensemble", "ensemble-geometric", "ensemble-propagated")
 CONTROLS = ("feddf", "fresh-distill", "finetune-distill", "best-client-distill")
-AGAIN = f"--server-labels 0 --methods {','.join((*ENSEMBLES[1:], *CONTROLS, OURS))}"
+METHODS = (*ENSEMBLES[1:], *CONTROLS, "activations+np-distill")
+
+
+def again(methods: Iterable[str]) -> str:
+    """Return how the clients are merged again."""
+    return f"--server-labels 0 --methods {','.join(methods)}"
 
 
 def unlabelled(size: str, out: Path) -> None:
@@ -35,20 +40,25 @@ def unlabelled(size: str, out: Path) -> None:
     """
     if size == "smoke":
         run = compare(SMOKE, out / "unlabelled-clients")
-        ours = f"{OURS}:steps=60:lrs=0.01"
+        ours = f"{OURS['independent']}:steps=60:lrs=0.01"
         [merged] = merge({out / "unlabelled": (run, f"--methods {ours}")})
         check("smoke", {**rows_of(run), **rows_of(merged)}, ours, ("fedavg",))
         return
-    runs = {init: clients(PARTITION, init, out) for init in INITS}
-    again = merge({out / f"unlabelled-{init}": (run, AGAIN) for init, run in runs.items()})
-    found = {init: {**rows_of(run), **rows_of(new)} for (init, run), new in zip(runs.items(), again, strict=True)}
+    runs = {init: clients(PARTITION, init, out) for init in OURS}
+    jobs = {out / f"unlabelled-{init}": (run, again(METHODS)) for init, run in runs.items()}
+    *aligned, plain = merge({**jobs, out / "unlabelled-shared-as-they-are": (runs["shared"], again(["np-distill"]))})
+    found = {init: {**rows_of(run), **rows_of(new)} for (init, run), new in zip(runs.items(), aligned, strict=True)}
+    found["shared"] |= rows_of(plain)
     for init, rows in found.items():
-        check(init, rows, OURS, ("fedavg", "feddf", "fresh-distill"))
+        check(init, rows, OURS[init], ("fedavg", "feddf", "fresh-distill"))
     content = {
-        "commands": [*(command(PARTITION, init) for init in INITS), f"fedmerge merge RUN {AGAIN} --out NEW"],
+        "commands": [
+            *(command(PARTITION, init) for init in OURS),
+            *(f"fedmerge merge RUN {again(names)} --out NEW" for names in (METHODS, ["np-distill"])),
+        ],
         "accuracy": accuracies(found),
-        "table": table(found, ("fedavg", *ENSEMBLES, *CONTROLS, OURS)),
-        "goals": {init: {"goal": goal, "found": mean_of(found[init], OURS)} for init, goal in GOALS.items()},
+        "table": table(found, ("fedavg", *ENSEMBLES, *CONTROLS, "np-distill", "activations+np-distill")),
+        "goals": {init: {"goal": goal, "found": mean_of(found[init], OURS[init])} for init, goal in GOALS.items()},
     }
     write("unlabelled", content, runs["shared"])
 

@@ -1,28 +1,28 @@
 """Ray actors that take turns at tasks: built once, replaced when they die, and never waited for without an end.
 
 An actor imports what this process imports, in the same order of places, whatever
-folders lie in the working directory; tensors that actors share lie once in the memory of a machine.
+folders lie in the working directory; tensors that actors share lie once in the memory of a machine. A call of Ray costs
+milliseconds: short tasks go to an actor many at a time, and what they answer comes back as one object.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
-import warnings
+import math
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from fedmerge.actorside import Failure, actor_class, import_path, tensor_from_shared_memory, to_numpy
 from fedmerge.cluster import Resources, room, running_ray, shorten
 from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
+
+LEAST_SECONDS, MOST_SECONDS = 0.05, 0.25
+"""Tasks that are sent together take so long, as far as is known and there are enough of them."""
 
 Handle = Any
 """Ray's handle of an actor."""
@@ -31,17 +31,21 @@ Reference = Any
 """Ray's reference to a value."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A task that has no result.
+@dataclass
+class _Task:
+    """A task that waits or runs.
 
     Attributes:
-        reason: what happened, in one line.
-        crashed: whether the actor's process died of it; otherwise the task raised.
+        task_id: under which its result is given.
+        arguments: of the object's method.
+        shared: references whose values come after these.
+        alone: it is not sent together with others (again): the actor ended that it was on.
     """
 
-    reason: str
-    crashed: bool
+    task_id: str
+    arguments: tuple[object, ...]
+    shared: tuple[Reference, ...]
+    alone: bool = False
 
 
 class ActorPool:
@@ -62,8 +66,9 @@ class ActorPool:
         self._arguments: tuple[object, ...] = ()
         self._starting: dict[Reference, Handle] = {}
         self._idle: deque[Handle] = deque()
-        self._queue: deque[tuple[str, tuple[object, ...]]] = deque()
-        self._running: dict[Reference, tuple[str, Handle]] = {}
+        self._queue: deque[_Task] = deque()
+        self._running: dict[Reference, tuple[list[_Task], Handle]] = {}
+        self._seconds: float | None = None
         self._cause = ""
         try:
             self._size = min(most, room(resources, self._ray.nodes()))
@@ -76,7 +81,7 @@ class ActorPool:
         """Put a value into Ray's object store and return its reference; tensors in it will be read without a copy."""
         from ray.util import deregister_serializer, register_serializer
 
-        register_serializer(Tensor, serializer=_to_numpy, deserializer=tensor_from_shared_memory)
+        register_serializer(Tensor, serializer=to_numpy, deserializer=tensor_from_shared_memory)
         try:
             return self._ray.put(value)
         finally:
@@ -89,7 +94,7 @@ class ActorPool:
             target: `module:class` of the object.
             arguments: of the object's class; references from `share` among them arrive as their values.
         """
-        self._target, self._arguments = target, arguments
+        self._target, self._arguments, self._seconds = target, arguments, None
         self._idle.clear()
         self._starting.clear()
         for actor in self._actors:
@@ -97,14 +102,15 @@ class ActorPool:
         while len(self._actors) < self._size:
             self._add()
 
-    def submit(self, task_id: str, *arguments: object) -> None:
+    def submit(self, task_id: str, *arguments: object, shared: tuple[Reference, ...] = ()) -> None:
         """Queue a task; tasks start in the order of their submission.
 
         Args:
             task_id: under which `poll` gives its result.
             arguments: of the object's method `answer`.
+            shared: from `share`; their values are the method's last arguments.
         """
-        self._queue.append((task_id, arguments))
+        self._queue.append(_Task(task_id, arguments, shared))
 
     def poll(self, wait: float) -> list[tuple[str, object]]:
         """Return the tasks that have ended since, with their results or `Failure`s.
@@ -115,7 +121,7 @@ class ActorPool:
         self._dispatch()
         if self._queue and not self._actors:
             failure = Failure(f"no Ray actor could start: {self._cause}", crashed=True)
-            ended: list[tuple[str, object]] = [(task_id, failure) for task_id, _ in self._queue]
+            ended: list[tuple[str, object]] = [(task.task_id, failure) for task in self._queue]
             self._queue.clear()
             return ended
         pending = [*self._running, *self._starting]
@@ -124,20 +130,24 @@ class ActorPool:
         ready, _ = self._ray.wait(pending, num_returns=1, timeout=wait)
         if ready:
             ready, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
-        ended = [outcome for reference in ready if (outcome := self._take(reference)) is not None]
+        ended = [outcome for reference in ready for outcome in self._take(reference)]
         self._dispatch()
         return ended
 
     def cancel(self, task_id: str) -> bool:
-        """Forget a task, whose result is not wanted any more, and return whether it had been started."""
-        for reference, (running, actor) in list(self._running.items()):
-            if running == task_id:
+        """Forget a task, whose result is not wanted any more, and return whether it had been started.
+
+        Others that were sent with it are sent again.
+        """
+        for reference, (tasks, actor) in list(self._running.items()):
+            if any(task.task_id == task_id for task in tasks):
                 del self._running[reference]
-                self._remove(actor)
-                self._add()
+                self._replace(actor)
+                self._again([task for task in tasks if task.task_id != task_id])
                 return True
-        self._queue = deque(item for item in self._queue if item[0] != task_id)
-        return False
+        cancelled = [task for task in self._queue if task.task_id == task_id]
+        self._queue = deque(task for task in self._queue if task.task_id != task_id)
+        return any(task.alone for task in cancelled)
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
@@ -150,7 +160,7 @@ class ActorPool:
 
     def _add(self) -> None:
         make = self._ray.remote(num_cpus=self._resources.cpus, num_gpus=self._resources.gpus, max_restarts=0)
-        actor = make(_actor_class()).remote(_import_path())
+        actor = make(actor_class()).remote(import_path())
         self._actors.append(actor)
         self._build(actor)
 
@@ -161,14 +171,36 @@ class ActorPool:
         self._ray.kill(actor)
         self._actors.remove(actor)
 
+    def _replace(self, actor: Handle) -> None:
+        self._remove(actor)
+        self._add()
+
+    def _again(self, tasks: list[_Task]) -> None:
+        """Send tasks again that were sent with one that has failed, each by itself."""
+        self._queue.extendleft(replace(task, alone=True) for task in reversed(tasks))
+
     def _dispatch(self) -> None:
         while self._queue and self._idle:
-            actor = self._idle.popleft()
-            task_id, arguments = self._queue.popleft()
-            self._running[actor.answer.remote(*arguments)] = task_id, actor
+            actor, tasks = self._idle.popleft(), self._next()
+            reference = actor.answer.remote([task.arguments for task in tasks], *tasks[0].shared)
+            self._running[reference] = tasks, actor
 
-    def _take(self, reference: Reference) -> tuple[str, object] | None:
-        """Take what has become ready: an actor, or a task's outcome."""
+    def _next(self) -> list[_Task]:
+        """Take the tasks to be sent together: as many as last long enough, and leave the others something to do."""
+        count = 1
+        if self._seconds is not None:
+            share = len(self._queue) // (2 * self._size)
+            least, most = (seconds / max(self._seconds, 1e-6) for seconds in (LEAST_SECONDS, MOST_SECONDS))
+            count = math.ceil(max(least, min(most, share)))
+        tasks = [self._queue.popleft()]
+        while len(tasks) < count and self._queue and not tasks[0].alone:
+            if self._queue[0].alone or self._queue[0].shared != tasks[0].shared:
+                break
+            tasks.append(self._queue.popleft())
+        return tasks
+
+    def _take(self, reference: Reference) -> list[tuple[str, object]]:
+        """Take what has become ready: an actor, or tasks' outcomes."""
         from ray.exceptions import RayError, RayTaskError
 
         if reference in self._starting:
@@ -180,57 +212,23 @@ class ActorPool:
                 self._cause = _reason(error)
                 logger.warning("a Ray actor could not start: %s", self._cause)
                 self._remove(actor)
-            return None
-        task_id, actor = self._running.pop(reference)
+            return []
+        tasks, actor = self._running.pop(reference)
         try:
-            result = self._ray.get(reference)
-        except RayTaskError as error:
-            self._idle.append(actor)
-            return task_id, Failure(_reason(error), crashed=False)
+            seconds, results = self._ray.get(reference)
         except RayError as error:
-            self._remove(actor)
-            self._add()
-            return task_id, Failure(_reason(error), crashed=True)
+            crashed = not isinstance(error, RayTaskError)
+            if crashed:
+                self._replace(actor)
+            else:
+                self._idle.append(actor)
+            if len(tasks) > 1:  # it is not known which of them it was
+                self._again(tasks)
+                return []
+            return [(tasks[0].task_id, Failure(_reason(error), crashed))]
         self._idle.append(actor)
-        return task_id, result
-
-
-def tensor_from_shared_memory(array: np.ndarray[Any, Any]) -> Tensor:
-    """Return a tensor that reads an array of Ray's object store in place; nobody may write to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().cpu().contiguous().numpy()
-
-
-def _actor_class() -> type:
-    """Return the actors' class, which travels as code: it sets where imports come from before anything is imported."""
-
-    class Actor:
-        def __init__(self, import_path: list[str]) -> None:
-            import sys
-
-            os.environ["OMP_NUM_THREADS"] = "1"
-            sys.path[:] = import_path + [place for place in sys.path if place not in import_path]
-
-        def build(self, target: str, *arguments: object) -> None:
-            import importlib
-
-            module, _, name = target.partition(":")
-            self.held = getattr(importlib.import_module(module), name)(*arguments)
-
-        def answer(self, *arguments: object) -> object:
-            return self.held.answer(*arguments)
-
-    return Actor
-
-
-def _import_path() -> list[str]:
-    """Return where this process imports from, in absolute paths."""
-    return [str(Path(place).resolve()) for place in sys.path]
+        self._seconds = seconds / len(tasks)
+        return [(task.task_id, result) for task, result in zip(tasks, results, strict=True)]
 
 
 def _reason(error: Exception) -> str:

@@ -135,14 +135,18 @@ def merge(
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--baseline", default="fedavg", show_default=True, help="The method that the others are compared with.")
 @output_options
-def report(run: Path, quiet: bool, as_json: bool) -> None:
-    """Print a run's table, and write its figures and one HTML page that holds everything."""
+def report(folder: Path, baseline: str, quiet: bool, as_json: bool) -> None:
+    """Write figures and one HTML page of a run, and print its table; or of all runs in a folder, at any depth."""
     with session(quiet, as_json) as (console, _):
         from fedmerge.runs import Run
 
-        console.finish(Run.open(run))
+        if (folder / "config.json").exists():
+            console.finish(Run.open(folder), baseline)
+        else:
+            console.finish_benchmark(folder, baseline)
 
 
 @main.command()

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
 
 from fedmerge import federation, federation_models, results
-from fedmerge.actors import Failure
+from fedmerge.actorside import Failure
 from fedmerge.catalogue import parse_method
-from fedmerge.client import choose_device, num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.machine import choose_device, num_threads
+from fedmerge.merge.shares import describe_shares, is_mixture
 from fedmerge.mixed import is_mixed, merge_federation
 from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare, screens
 from fedmerge.outcomes import Outcome
@@ -198,7 +200,7 @@ class Bench:
                     problem=self.problem,
                     evaluation=self.evaluation,
                     updates=self.updates,
-                    bytes_down=len(self.updates) * num_bytes(state) if self.problem.start else 0,
+                    bytes_down=len(self.updates) * num_bytes(state) if self.problem.start or self.config.anchor else 0,
                     server_model=self.config.model,
                 )
         except (ArithmeticError, RuntimeError, ValueError) as error:  # this method's; the others go on
@@ -221,7 +223,13 @@ class Bench:
         key = align, lesson(self.problem, merge), screens(align, merge)
         if key not in self.prepared:
             self.prepared[key] = prepare(self.problem, self.updates, seed=seed, **settings)
-        return merge_aligned(*self.prepared[key], merge=merge, seed=seed)
+        problem, alignment = self.prepared[key]
+        outcome = merge_aligned(problem, alignment, merge=merge, seed=seed)
+        if len(alignment.updates) < 2 or not is_mixture(merge):
+            return outcome
+        model, shape = self.problem.model, self.problem.data.images.shape[1:]
+        shares = describe_shares(model, outcome.merged.state, alignment.updates, shape)
+        return replace(outcome, diagnostics={**outcome.diagnostics, "shares": shares})
 
 
 def _failed(config: Config, method: str, reason: str) -> list[Line]:

@@ -6,6 +6,7 @@ The command's flags, the TOML keys, Flower's run configuration and `config.json`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -62,7 +63,14 @@ class Config:
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
     proximal_mu: float = _option(0.0, "FedProx: pull of the clients' weights toward the round's start, at least 0")
+    dp_clip: float = _option(0.0, "differential privacy (DP-SGD): most norm of an image's gradient; 0: no privacy")
+    dp_noise: float = _option(0.0, "differential privacy: the noise's standard deviation, in units of --dp-clip")
+    dp_delta: float = _option(0.0, "δ at which clients tell their ε, below 1; 0: 1 / a client's number of images")
+    anchor: bool = _option(
+        False, "clients rename their units to fit the public model by weights before they send theirs"
+    )
     rounds: int = _option(1, "federated rounds; each starts from the last merged model")
+    clients_per_round: int = _option(0, "clients that a round asks, drawn anew by the seed in each; 0: all")
     server_examples: int = _option(100, "images that the server owns, in no client and in no evaluation")
     server_labels: int = _option(-1, "how many of the server's images it knows the classes of; -1: of all, 0: of none")
     server_limit: int = _option(
@@ -83,6 +91,10 @@ class Config:
     )
     upload_dtype: str = _option("float32", "numbers in a client's reply: float32, or float16 for half the bytes")
     label_counts: bool = _option(True, "clients tell the server how many images of each class they have")
+    label_count_noise: float = _option(
+        0.0, "scale of the noise that clients add to their label counts, whose ε is 1 / scale; 0: none"
+    )
+    client_metrics: bool = _option(True, "clients tell how well their trained models do on their own images")
     client_statistics: str = _option(
         "", "what clients send beside their model: fisher, gram or fisher/gram; what methods need is always asked for"
     )
@@ -90,6 +102,11 @@ class Config:
     timeout: float = _option(3600.0, "seconds to wait for the clients in a round")
     client_cpus: float = _option(1.0, "CPUs of a client in the simulation")
     client_gpus: float = _option(0.0, "GPUs of a client in the simulation; fractions share one")
+    batched_clients: int = _option(
+        0,
+        "clients whose small models a simulation trains side by side, to the same numbers but for rounding; 1: one by "
+        "one; 0: one by one on CPUs, up to 64 where clients have a GPU",
+    )
     ray_address: str = _option("", "address of a running Ray cluster; empty: start Ray on this machine")
     device: str = _option("auto", "where models run: cpu, cuda, cuda:N, or auto (cuda where the process has one)")
     threads: int = _option(1, "CPU threads of a merge; 0: all cores (results depend on it in the last bits)")
@@ -107,13 +124,22 @@ class Config:
             known(flag("client_statistics"), kind, STATISTICS)
         for name in ("clients", "batch_size", "rounds", "min_completed"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("client_examples", "server_examples", "threads", "min_client_examples"):
+        for name in (
+            "client_examples",
+            "server_examples",
+            "threads",
+            "min_client_examples",
+            "batched_clients",
+            "clients_per_round",
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("client_gpus", "weight_decay", "proximal_mu"):
+        for name in ("client_gpus", "weight_decay", "proximal_mu", "dp_clip", "dp_noise", "label_count_noise"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("alpha", "lr", "client_cpus", "timeout"):
             self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._require("dp_delta", 0 <= self.dp_delta < 1, "in [0, 1)")
+        self._check_privacy()
         self._require("server_labels", self.server_labels >= -1, "at least 0, or -1 for all")
         self._require("server_limit", self.server_limit == -1 or self.server_limit >= 1, "at least 1, or -1 for all")
         budgets = ("server_labels", "owns", "server_examples"), ("server_limit", "owns", "server_examples")
@@ -124,10 +150,11 @@ class Config:
                     f"{flag(name)} is {getattr(self, name)}, but the server {verb} only {getattr(self, of)} images "
                     f"({flag(of)})"
                 )
-        if self.min_completed > self.clients:
-            raise ConfigurationError(
-                f"--min-completed is {self.min_completed}, but there are only {self.clients} clients (--clients)"
-            )
+        for name, most in (("clients_per_round", "clients"), ("min_completed", "clients"), ("min_completed", "asked")):
+            value, limit = getattr(self, name), getattr(self, most)
+            if value > limit:
+                what = "clients (--clients)" if most == "clients" else "of them in a round (--clients-per-round)"
+                raise ConfigurationError(f"{flag(name)} is {value}, but there are only {limit} {what}")
         parse_devices(self.devices, self.clients if self.devices else 0)
         if self.models and len(self.client_models) != self.clients:
             raise ConfigurationError(
@@ -139,8 +166,23 @@ class Config:
                 f"--devices {self.devices}: layers=N leaves a client's other layers at the start that all share: give "
                 "--init shared"
             )
+        if self.anchor and (self.models or "layers" in self.devices):
+            raise ConfigurationError(
+                "--anchor renames the units of whole models of one architecture: leave out --models, and layers=N of "
+                "--devices"
+            )
         low, high = self.epochs_range
         self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
+
+    def _check_privacy(self) -> None:
+        """Refuse what would leave the clients without the privacy that they are to have."""
+        if self.dp_noise and not self.dp_clip:
+            raise ConfigurationError(f"--dp-noise {self.dp_noise} is in units of --dp-clip: give that too, as 1")
+        if self.dp_noise and self.statistics:
+            raise ConfigurationError(
+                f"{' and '.join(self.statistics)}: statistics of the clients' images have no noise, and would undo "
+                "--dp-noise: use a method that needs none"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -161,6 +203,16 @@ class Config:
         return low, int(match[2]) if match[2] else low
 
     @property
+    def asked(self) -> int:
+        """How many clients a round asks.
+
+        Example:
+            >>> Config(clients=9).asked, Config(clients=9, clients_per_round=3).asked
+            (9, 3)
+        """
+        return self.clients_per_round or self.clients
+
+    @functools.cached_property
     def client_models(self) -> tuple[str, ...]:
         """The name of each client's model, in their order.
 
@@ -182,7 +234,7 @@ class Config:
         """
         return tuple(name for name in dict.fromkeys(self.client_models) if name != self.model)
 
-    @property
+    @functools.cached_property
     def client_devices(self) -> tuple[Device, ...]:
         """Each client's device, in their order.
 
@@ -249,13 +301,19 @@ class Config:
         Raises:
             ConfigurationError: for an unknown key or a value of the wrong type.
         """
-        types = get_type_hints(cls)
+        types = _types()
         values: dict[str, Any] = {}
         for name, value in mapping.items():
             attribute = name.replace("-", "_")
-            known("setting", key(attribute), map(key, types))
+            if attribute not in types:
+                known("setting", key(attribute), map(key, types))
             values[attribute] = convert(flag(attribute), value, types[attribute])
         return cls(**values)
+
+
+@functools.cache
+def _types() -> dict[str, type]:
+    return get_type_hints(Config)
 
 
 def read_toml(path: Path) -> dict[str, object]:

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedmerge.summary import BASELINE
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fedmerge.runs import Run
 
 
@@ -74,7 +78,7 @@ class Console:
         if done >= total:
             self._bars.remove_task(self._tasks.pop(task))
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: Run, baseline: str = BASELINE) -> None:
         """Write a run's report, and print its results."""
         from fedmerge.report import write_report
         from fedmerge.summary import summarize
@@ -82,7 +86,7 @@ class Console:
         from fedmerge.words import repeat_command
 
         results = run.results()
-        page = write_report(run)
+        page = write_report(run, baseline)
         rows = summarize(results, run.settings.get("seeds", ()))
         self.failed = self.failed or any(row.errors for row in rows)
         repeat = repeat_command(run.settings)
@@ -91,7 +95,33 @@ class Console:
             sys.stdout.write(json.dumps(content) + "\n")
         elif not self.quiet:
             output = rich_console.Console()
-            output.print(text_table(rows))
+            output.print(text_table(rows, baseline))
             output.print(
                 f"\nrun folder  {run.path}\nreport      {page}\nrepeat      {repeat}", soft_wrap=True, highlight=False
             )
+
+    def finish_benchmark(self, folder: Path, baseline: str) -> None:
+        """Write the report of a folder of runs, and print what came out."""
+        from fedmerge.benchmark.collecting import collect
+        from fedmerge.benchmark.page import findings, write_benchmark_report
+
+        benchmark = collect(folder)
+        page, found = write_benchmark_report(benchmark, baseline), findings(benchmark)
+        self.failed = self.failed or any(row.errors for setting in benchmark.settings for row in setting.rows)
+        unfinished = {run.name: list(dict.fromkeys(text for _, _, text in run.missing)) for run in benchmark.runs}
+        unfinished = {name: lacks for name, lacks in unfinished.items() if lacks}
+        if self.as_json:
+            content = {
+                "folder": str(folder),
+                "report": str(page),
+                "findings": findings(benchmark),
+                "unfinished": unfinished,
+            }
+            sys.stdout.write(json.dumps(content) + "\n")
+        elif not self.quiet:
+            output = rich_console.Console()
+            for sentence in found:
+                output.print(sentence, highlight=False, markup=False)
+            for name, lacks in unfinished.items():
+                output.print(f"unfinished  {name}: {', '.join(lacks)}", style="red", highlight=False, markup=False)
+            output.print(f"\nreport      {page}", soft_wrap=True, highlight=False, markup=False)

@@ -55,7 +55,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
     """
     names = [_wrapped(row.method) for row in rows]
     best = best_single_model(rows)
-    with _style():
+    with styled():
         figure, axes = _figure(0.75 + 0.31 * len(rows) + 0.1 * sum(name.count("\n") for name in names))
         for y, row in enumerate(rows):
             label = percent(row) + ("" if row.complete or row.mean is None else f"\n{row.coverage}")
@@ -70,7 +70,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
                 seeds = 100 * np.array(list(row.accuracies.values()))
                 axes.plot(seeds, [y + 0.33] * len(seeds), ".", markersize=5, color=mark["color"], alpha=0.6, mew=0)
             axes.plot(100 * row.mean, y, linestyle="", markersize=7, **mark)
-        _name(axes.yaxis, names, most=len(names))  # each has a line of its own
+        name_places(axes.yaxis, names, most=len(names))  # each has a line of its own
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             text.set_fontweight("bold" if row is best else "normal")
         axes.set_ylim(len(rows) - 0.4, -0.5)
@@ -92,7 +92,7 @@ def labels_figure(partition: Mapping[str, Any]) -> Figure:
     clients, classes = counts.shape
     bubbles = max(clients, classes) <= MOST_BUBBLES
     height = classes * (0.29 if bubbles else min(0.2, 5 / classes))
-    with _style():
+    with styled():
         figure, (top, axes) = _figure(1.25 + height, heights=(0.6, height))
         totals = counts.sum(1)
         top.bar(range(clients), totals, width=0.7, color=THEME["control"], alpha=DARKEST, linewidth=0)
@@ -105,8 +105,8 @@ def labels_figure(partition: Mapping[str, Any]) -> Figure:
             _bubbles(axes, counts, diameter=min(72 * 0.29, 72 * 4.6 / clients))
         else:
             _shades(axes, counts.T, PowerNorm(0.5, 0, max(counts.max(), 1)), "images")
-        _name(axes.yaxis, [_wrapped(name) for name in partition["classes"]])
-        _name(axes.xaxis, [str(client) for client in range(clients)])
+        name_places(axes.yaxis, [_wrapped(name) for name in partition["classes"]])
+        name_places(axes.xaxis, [str(client) for client in range(clients)])
         axes.set_xlabel("client")
         axes.set_xlim(-0.6, clients - 0.4)
         axes.set_ylim(classes - 0.5, -0.5)
@@ -122,13 +122,13 @@ def classes_figure(rows: Iterable[Row], classes: Sequence[str]) -> Figure:
     """
     rows = [row for row in rows if row.class_accuracies]
     values = np.array([[np.nan if value is None else 100 * value for value in row.class_accuracies] for row in rows])
-    names = [_shortened(name) for name in classes]
+    names = [shortened(name) for name in classes]
     longest = max(map(len, names))
-    with _style():
+    with styled():
         figure, axes = _figure(0.6 + 0.06 * longest + 0.27 * len(rows))
         _shades(axes, values, Normalize(0, 100), "accuracy, %")
-        _name(axes.yaxis, [_wrapped(row.method) for row in rows])
-        _name(axes.xaxis, names)
+        name_places(axes.yaxis, [_wrapped(row.method) for row in rows])
+        name_places(axes.xaxis, names)
         if longest > 3:
             for label in axes.get_xticklabels():
                 label.set(rotation=40, ha="right", rotation_mode="anchor")
@@ -147,7 +147,7 @@ def rounds_figure(results: Sequence[Result]) -> Figure:
         for row in summarize(result for result in results if result["round"] == number):
             if row.mean is not None:
                 lines.setdefault(row.method, []).append((number, 100 * row.mean))
-    with _style():
+    with styled():
         figure, axes = _figure(max(3.0, 0.6 + LABEL_HEIGHT * len(lines)))
         looks = [(LINES[index % len(LINES)], DASHES[index // len(LINES) % len(DASHES)]) for index in range(len(lines))]
         for points, (colour, dashes) in zip(lines.values(), looks, strict=True):
@@ -162,7 +162,7 @@ def rounds_figure(results: Sequence[Result]) -> Figure:
         for method, height, (colour, dashes) in zip(lines, heights, looks, strict=True):
             leader = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "relpos": (0, 0.5)}
             place = {"xytext": (1.06, height), "textcoords": axes.transAxes, "va": "center", "arrowprops": leader}
-            axes.annotate(_shortened(method, 30), lines[method][-1], **place)
+            axes.annotate(shortened(method, 30), lines[method][-1], **place)
     return figure
 
 
@@ -178,13 +178,13 @@ def to_svg(figure: Figure) -> bytes:
 
 def _rendered(figure: Figure, kind: str, options: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    with _style():
+    with styled():
         figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     """Fonts, colours and lines of every figure; matplotlib's settings are as before after the block."""
     settings: Any = {
         "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -215,7 +215,7 @@ def _figure(height: float, heights: Sequence[float] = ()) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _name(axis: Axis, names: Sequence[str], *, most: int = MOST_NAMED) -> None:
+def name_places(axis: Axis, names: Sequence[str], *, most: int = MOST_NAMED) -> None:
     """Write the names along an axis; of more than `most`, only some."""
     step = 1 if len(names) <= most else -(-len(names) // (most // 2))
     places = range(0, len(names), step)
@@ -280,7 +280,8 @@ def _wrapped(name: str, width: int = 26) -> str:
     return "\n".join(lines)
 
 
-def _shortened(name: str, width: int = 24) -> str:
+def shortened(name: str, width: int = 24) -> str:
+    """Return a name of at most `width` characters."""
     name = clean(name)
     return name if len(name) <= width else name[: width - 1].rstrip() + "…"
 

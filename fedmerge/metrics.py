@@ -10,10 +10,14 @@ from flwr.app import MetricRecord, RecordDict
 
 PARTITION_ID = "partition-id"
 LABEL_COUNTS = "label-counts"
+EPSILON, DELTA, COUNT_EPSILON = PRIVACY = "epsilon", "delta", "label-count-epsilon"
+"""What clients tell of their privacy: ε and δ of their models of all rounds so far, and ε of their label counts."""
 
 
 def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Return the weighted means of the clients' scalar metrics, each over the clients that report a finite number.
+
+    A mean of ε would be nobody's: these are left out.
 
     Args:
         contents: of the replies.
@@ -21,7 +25,8 @@ def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
     """
     records = [record for content in contents for record in content.metric_records.values()]
     means = MetricRecord()
-    for name in sorted({name for record in records for name in record} - {weighted_by_key, PARTITION_ID, LABEL_COUNTS}):
+    others = {weighted_by_key, PARTITION_ID, LABEL_COUNTS, *PRIVACY}
+    for name in sorted({name for record in records for name in record} - others):
         pairs = [
             (float(value), float(weight))
             for record in records

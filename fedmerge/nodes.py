@@ -9,7 +9,8 @@ from fedmerge.metrics import PARTITION_ID
 from fedmerge.settings import ConfigurationError, known
 from fedmerge.wire import NUM_PARTITIONS
 
-SITE_SETTINGS = ("data-dir", "device", "local-epochs", "upload-dtype")
+PRIVACY_SETTINGS = ("dp-clip", "dp-noise", "dp-delta", "label-counts", "label-count-noise")
+SITE_SETTINGS = ("data-dir", "device", "local-epochs", "upload-dtype", "anchor", *PRIVACY_SETTINGS)
 """Settings that a site may give; they go before the run's."""
 
 NODE_LAYERS = "layers"

@@ -93,6 +93,7 @@ def _check(config: Config, methods: Sequence[str]) -> None:
     from fedmerge import federation, models
     from fedmerge.catalogue import parse_method
     from fedmerge.names import DATASETS, PARTITIONS
+    from fedmerge.privacy import check_model
 
     if not config.data.startswith("folder:"):
         known("data set", config.data, [name for name in DATASETS if ":" not in name])
@@ -108,7 +109,9 @@ def _check(config: Config, methods: Sequence[str]) -> None:
             "--server-examples must be at least 1: merging is learned on images that the server owns"
         )
     for name in (config.model, *config.other_models):
-        models.create(name, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
+        model = models.create(name, shape=examples.dataset.shape, num_classes=len(examples.classes), seed=0)
+        if config.dp_clip:
+            check_model(name, model)
     if config.other_models:
         _check_mixed(config, methods)
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedmerge import flower
-from fedmerge.actors import ActorPool, Failure
+from fedmerge.actors import ActorPool
+from fedmerge.actorside import Failure
 from fedmerge.client import client_app
 from fedmerge.cluster import Resources
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.settings import Value
+from fedmerge.together import answer_together, group_size
+from fedmerge.wire import num_array_bytes
 
 if TYPE_CHECKING:
     from flwr.supercore.run import Run as FlowerRun
@@ -37,12 +41,22 @@ class Clients:
     def __init__(self, settings: dict[str, Value], examples: Federation) -> None:
         torch.set_num_threads(1)
         self._config = Config.from_mapping(settings)
-        self._app = client_app(lambda _: examples)
+        self._load = lambda _: examples
+        self._app = client_app(self._load)
 
-    def answer(self, message: Message, content: RecordDict, partition_id: int) -> Message:
-        """Return the client's reply to a message that travelled without its content."""
-        message.content = content
-        return self._app(message, flower.node_context(self._config, partition_id))
+    def answer(self, messages: Sequence[Message], content: RecordDict) -> list[Message]:
+        """Return the clients' replies to messages that travelled without their content.
+
+        Args:
+            messages: one, or those of clients that train side by side.
+            content: of each.
+        """
+        contexts = [flower.node_context(self._config, partition_of(message)) for message in messages]
+        for message in messages:
+            message.content = content
+        if len(messages) == 1:
+            return [self._app(messages[0], contexts[0])]
+        return answer_together(self._load, list(zip(messages, contexts, strict=True)))
 
 
 class RayGrid(Grid):
@@ -67,6 +81,7 @@ class RayGrid(Grid):
         self._pool: ActorPool | None = None
         self._loaded = False
         self._messages: dict[str, tuple[Message, float]] = {}
+        self._members: dict[str, list[str]] = {}
         self._replies: dict[str, Message] = {}
 
     def load(self, config: Config, examples: Federation) -> None:
@@ -144,15 +159,17 @@ class RayGrid(Grid):
         if not messages:
             return []
         pool, examples = self._ready_pool()
-        shared = {id(message.content): pool.share(message.content) for message in messages}
+        contents = {id(message.content): message.content for message in messages}
+        shared = {which: pool.share(content) for which, content in contents.items()}
         now = time.monotonic()  # Ray's start does not count
         for message in messages:
             self._messages[flower.set_message_id(message)] = message, now + message.metadata.ttl
-        for message in sorted(messages, key=lambda message: -len(examples.partition[_partition_id(message)])):
-            envelope = copy.copy(message)
-            envelope.content = RecordDict()
-            content = shared[id(message.content)]
-            pool.submit(message.metadata.message_id, envelope, content, _partition_id(message))
+        for group in self._groups(
+            sorted(messages, key=lambda message: -len(examples.partition[partition_of(message)]))
+        ):
+            task_id = group[0].metadata.message_id
+            self._members[task_id] = [message.metadata.message_id for message in group]
+            pool.submit(task_id, list(map(_envelope, group)), shared=(shared[id(group[0].content)],))
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -193,20 +210,33 @@ class RayGrid(Grid):
             self._loaded = True
         return self._pool, self._examples
 
+    def _groups(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+        """Yield the messages whose clients train side by side: of neighbours, by their own order and nothing else."""
+        for _, run in itertools.groupby(messages, lambda message: (message.metadata.message_type, id(message.content))):
+            same = list(run)
+            size = 1
+            if same[0].metadata.message_type == MessageType.TRAIN:
+                size = group_size(self._config, num_array_bytes(same[0].content))
+            yield from (same[first : first + size] for first in range(0, len(same), size))
+
     def _collect(self, wait: float) -> None:
         if self._pool is None or not self._messages:
             return
         soonest = min(deadline for _, deadline in self._messages.values()) - time.monotonic()
-        for message_id, result in self._pool.poll(max(0.0, min(wait, soonest))):
-            message, _ = self._messages.pop(message_id)
-            self._replies[message_id] = _reply(message, result)
-        for message_id, (message, deadline) in list(self._messages.items()):
-            if time.monotonic() >= deadline:
-                del self._messages[message_id]
-                started = self._pool.cancel(message_id)
+        for task_id, result in self._pool.poll(max(0.0, min(wait, soonest))):
+            members = self._members.pop(task_id)
+            results = result if isinstance(result, list) else [result] * len(members)
+            for message_id, one in zip(members, results, strict=True):
+                self._replies[message_id] = _reply(self._messages.pop(message_id)[0], one)
+        now = time.monotonic()
+        for task_id, members in list(self._members.items()):
+            if all(now >= self._messages[message_id][1] for message_id in members):
+                del self._members[task_id]
+                started = self._pool.cancel(task_id)
                 reason = "it has not finished" if started else "its turn has not come"
-                reason += f" within {message.metadata.ttl:.0f} s; raise --timeout, or let it have less to do"
-                self._replies[message_id] = _error(message, flower.CLIENT_FAILED, reason)
+                for message, _ in map(self._messages.pop, members):
+                    told = f"{reason} within {message.metadata.ttl:.0f} s; raise --timeout, or let it have less to do"
+                    self._replies[message.metadata.message_id] = _error(message, flower.CLIENT_FAILED, told)
 
 
 def _target(kind: type) -> str:
@@ -220,8 +250,16 @@ def _actor_settings(config: Config) -> dict[str, Value]:
     return config.to_mapping()
 
 
-def _partition_id(message: Message) -> int:
+def partition_of(message: Message) -> int:
+    """Return the client that a message of the simulation goes to."""
     return message.metadata.dst_node_id - flower.FIRST_NODE_ID
+
+
+def _envelope(message: Message) -> Message:
+    """Return a message without its content, which travels once for all."""
+    envelope = copy.copy(message)
+    envelope.content = RecordDict()
+    return envelope
 
 
 def _reply(message: Message, result: object) -> Message:
@@ -234,4 +272,4 @@ def _reply(message: Message, result: object) -> Message:
 
 
 def _error(message: Message, code: int, reason: str) -> Message:
-    return Message(Error(code, f"client {_partition_id(message)}: {reason}"), reply_to=message)
+    return Message(Error(code, f"client {partition_of(message)}: {reason}"), reply_to=message)

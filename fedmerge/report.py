@@ -11,36 +11,19 @@ The same run gives the same bytes. The numbers are those of `summary`, the sente
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from xml.etree import ElementTree
+from typing import Any
 
 from fedmerge import summary, tables
+from fedmerge.pages import Plate, render, write_figures
 from fedmerge.runs import Result, Run, RunError
 from fedmerge.summary import BASELINE, Row
 from fedmerge.tables import NOTHING, clean, printable
-from fedmerge.words import headline, repeat_command, scenario, title
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from fedmerge.words import headline, privacy, repeat_command, scenario, title
 
 MOST_ENTRIES = 200  # of a method's diagnostics on the page
 MOST_ITEMS = 8  # of a list in them
-
-
-class Plate(NamedTuple):
-    """A figure of the report: what stands beside it, the table of its data and the run's file that they come from."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    headings: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    source: str = "results.jsonl"
 
 
 def write_report(run: Run, baseline: str = BASELINE) -> Path:
@@ -58,33 +41,21 @@ def write_report(run: Run, baseline: str = BASELINE) -> Path:
     Raises:
         RunError: if the run has no results at all.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    from fedmerge.figures import THEME, to_png, to_svg
-
     settings, config, results = run.settings, run.config, run.results()
+    command = repeat_command(settings)
     if not results:
-        raise RunError(f"{run.path} has no results: finish the run, or repeat it with `{repeat_command(settings)}`")
+        raise RunError(f"{run.path} has no results: finish the run, or repeat it with `{command}`")
     rows = summary.summarize(results, settings.get("seeds", ()))
     seeds = rows[0].seeds
     partition = _first_partition(run, seeds)
-    plates = []
-    for plate in _plates(results, rows, partition):
-        svg = to_svg(plate.figure)
-        run.write(f"figures/{plate.name}.svg", svg)
-        run.write(f"figures/{plate.name}.png", to_png(plate.figure))
-        plates.append((plate, Markup(_inline(svg, plate, THEME))))  # ElementTree has escaped it
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("fedmerge").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
-        theme=THEME,
+    page = render(
+        "report",
         title=title(config),
-        scenario=scenario(config, seeds, partition),
-        command=repeat_command(settings),
+        scenario=" ".join([scenario(config, seeds, partition), *privacy(config, results)]),
+        command=command,
         headline=headline(rows, baseline),
         shown=summary.best_single_model(rows) or (rows[0] if len(rows) == 1 and rows[0].accuracies else None),
-        plates=plates,
+        plates=write_figures(_plates(results, rows, partition, [command]), run.write),
         failures=[_failure(result) for result in results if result["status"] != "ok"],
         left_out=list(_left_out(results)),
         diagnostics=list(_diagnostics(results, seeds)),
@@ -94,7 +65,7 @@ def write_report(run: Run, baseline: str = BASELINE) -> Path:
         seeds=seeds,
         **_results_table(rows, baseline),
     )
-    return run.write("report.html", page.encode(errors="replace"))  # a path in the configuration may be no Unicode
+    return run.write("report.html", page)
 
 
 def _first_partition(run: Run, seeds: Sequence[int]) -> dict[str, Any] | None:
@@ -137,9 +108,12 @@ def _results_table(rows: Sequence[Row], baseline: str) -> dict[str, Any]:
     return {"best": best, "headings": headings, "lines": lines, "baseline": clean(baseline) if differences else ""}
 
 
-def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[str, Any] | None) -> Iterator[Plate]:
+def _plates(
+    results: Sequence[Result], rows: Sequence[Row], partition: Mapping[str, Any] | None, commands: Sequence[str]
+) -> Iterator[Plate]:
     from fedmerge import figures
 
+    source = ["results.jsonl"]
     finished = [row for row in rows if row.accuracies]
     if finished and len(rows) > 1:
         yield Plate(
@@ -154,6 +128,8 @@ def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[s
                 [clean(row.method), *(_share(row.accuracies.get(seed)) for seed in row.seeds), tables.percent(row)]
                 for row in rows
             ],
+            source,
+            commands,
         )
     if finished and len({result["round"] for result in results}) > 1:
         yield Plate(
@@ -167,6 +143,8 @@ def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[s
                 for result in results
                 if result["status"] == "ok"
             ],
+            source,
+            commands,
         )
     by_class = [row for row in rows if row.class_accuracies]
     if by_class:
@@ -179,6 +157,8 @@ def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[s
             figures.classes_figure(by_class, classes),
             ["Method", *map(clean, classes)],
             [[clean(row.method), *map(_share, row.class_accuracies)] for row in by_class],
+            source,
+            commands,
         )
     if partition:
         counts = partition["label_counts"]
@@ -191,30 +171,9 @@ def _plates(results: Sequence[Result], rows: Sequence[Row], partition: Mapping[s
             figures.labels_figure(partition),
             ["Client", *map(clean, partition["classes"]), "all"],
             [[str(client), *(f"{count:,}" for count in row), f"{sum(row):,}"] for client, row in enumerate(counts)],
-            partition["source"],
+            [partition["source"]],
+            commands,
         )
-
-
-def _inline(svg: bytes, plate: Plate, theme: Mapping[str, str]) -> str:
-    """Return an SVG file as an element of the page: its ids its own, its colours the page's, its size the column's."""
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.partition("}")[2]
-        for name, value in list(element.attrib.items()):
-            del element.attrib[name]
-            value = re.sub(r"^#|(?<=url\(#)", lambda found: f"{found[0]}{plate.name}-", value)
-            for colour_name, colour in theme.items():
-                value = value.replace(colour, f"var(--{colour_name})") if name in ("style", "fill", "stroke") else value
-            element.set(name.rpartition("}")[2], f"{plate.name}-{value}" if name == "id" else value)
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.set("role", "img")
-    root.set("aria-label", f"{plate.title}. {plate.caption}")
-    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _failure(result: Result) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedmerge.catalogue import STATISTICS, needs
 from fedmerge.outcomes import SEPARATOR, Outcome, Step
+from fedmerge.privacy import guarantee
 from fedmerge.problem import Examples, Merged, Problem, Update
 from fedmerge.runs import Result
 from fedmerge.state import num_bytes
@@ -25,6 +26,7 @@ def measured(
     bytes_up: int,
     bytes_down: int | None,
     refused: Sequence[str] = (),
+    privacy: Mapping[str, Any] | None = None,
 ) -> Result:
     """Evaluate a merge and return its line.
 
@@ -38,6 +40,7 @@ def measured(
         bytes_up: sent by all clients in this round.
         bytes_down: sent to all clients in this round; None: not known.
         refused: why replies of this round could not be used, or did not come.
+        privacy: what the clients' training guarantees; a merge is post-processing, and changes nothing of it.
     """
     merged = outcome.merged
     models = [problem.architecture(name) for name in merged.models] or problem.model
@@ -58,6 +61,7 @@ def measured(
         "models": len(merged.states),
         **({"architectures": list(merged.models)} if any(merged.models) else {}),
         **({"note": outcome.note} if outcome.note else {}),
+        **({"privacy": dict(privacy)} if privacy and merged.uses_clients else {}),
         "diagnostics": {**({"refused": list(refused)} if refused else {}), **outcome.diagnostics},
     }
 
@@ -89,7 +93,13 @@ def measured_with_steps(
         server_model: the name of the server's architecture, for the names of steps.
         refused: why replies of this round could not be used, or did not come.
     """
-    common: dict[str, Any] = {"seed": seed, "server_round": server_round, "problem": problem, "evaluation": evaluation}
+    common: dict[str, Any] = {
+        "seed": seed,
+        "server_round": server_round,
+        "problem": problem,
+        "evaluation": evaluation,
+        "privacy": guarantee(updates),
+    }
     found = []
     for step in outcome.steps:
         of_step = [update for update in updates if update.partition_id in step.clients]

@@ -10,21 +10,23 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import nn
 
 from fedmerge import federation, federation_models, oneshot, results
+from fedmerge.anchor import trained_anchor
 from fedmerge.catalogue import method_name
-from fedmerge.client import num_threads
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.machine import num_threads
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of
 from fedmerge.resuming import Answers
 from fedmerge.runs import Run
+from fedmerge.sampling import ClientsOf, Sample
 from fedmerge.sitedata import ImageFormat
 from fedmerge.strategy import OneShotMerge
 from fedmerge.train import laid_out
@@ -48,6 +50,7 @@ def serve(
     answers: Answers | None = None,
     progress: Progress = silent,
     pause: float = 0.1,
+    clients_of: ClientsOf | None = None,
 ) -> Result:
     """Run a federation: its rounds of training and merging, each merged model evaluated and stored; or `RoundFailed`.
 
@@ -60,17 +63,18 @@ def serve(
         answers: instead, for nodes whose ids are not known beforehand: keeps who answers, and gives what they answered.
         progress: called on long work.
         pause: seconds between looks for new replies.
+        clients_of: gives the node of each client, for drawing them; None: nodes are asked which they are.
 
     Returns:
         Flower's result, with the merged models' accuracy and loss by round.
     """
     oneshot.check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
     with num_threads(config.threads):
-        session = _Session.start(grid, config, run, load, recall, progress, pause, answers)
+        session = _Session.start(grid, config, run, load, recall, progress, pause, clients_of, answers)
         session.strategy.on_round = session.measure
         return session.strategy.start(
             session.grid,
-            initial_arrays=arrays_from_state(session.model.state_dict()),
+            initial_arrays=session.initial_arrays,
             num_rounds=config.rounds,
             timeout=config.timeout,
             train_config=session.told,
@@ -88,6 +92,7 @@ def collect(
     recall: Recall | None = None,
     progress: Progress = silent,
     pause: float = 0.1,
+    clients_of: ClientsOf | None = None,
 ) -> list[Update]:
     """Run the training of one round, without a merge; or `RoundFailed`.
 
@@ -99,14 +104,14 @@ def collect(
         recall: gives replies that are known already.
         progress: called on long work.
         pause: seconds between looks for new replies.
+        clients_of: gives the node of each client, for drawing them; None: nodes are asked which they are.
 
     Returns:
         The good updates, by partition id.
     """
     without = config.replace(align="identity", merge="mean")  # the merges to come are checked one by one
-    session = _Session.start(grid, without, run, load, recall, progress, pause)
-    arrays = arrays_from_state(session.model.state_dict())
-    messages = session.strategy.configure_train(1, arrays, session.told, session.grid)
+    session = _Session.start(grid, without, run, load, recall, progress, pause, clients_of)
+    messages = session.strategy.configure_train(1, session.initial_arrays, session.told, session.grid)
     replies = session.grid.send_and_receive(messages, timeout=config.timeout)
     return session.strategy.read_replies(1, replies)[0]
 
@@ -129,6 +134,15 @@ class _Session:
         """What clients with data of their own must know: how images look in the federation."""
         return ConfigRecord(ImageFormat.of(self.federation.dataset).to_mapping())
 
+    @property
+    def initial_arrays(self) -> ArrayRecord:
+        """What the first round sends, if it sends a model: the shared start, or an anchor."""
+        state = self.model.state_dict()
+        if self.strategy.anchor:
+            with num_threads(1):
+                state = trained_anchor(self.model, self.federation.server, seed=self.config.seed)
+        return arrays_from_state(state)
+
     @classmethod
     def start(
         cls,
@@ -139,11 +153,13 @@ class _Session:
         recall: Recall | None,
         progress: Progress,
         pause: float,
+        clients_of: ClientsOf | None,
         answers: Answers | None = None,
     ) -> _Session:
         examples = load(config)
         run.save_partition(config.seed, examples.indices())
         model = federation_models.of_server(config, examples)
+        sample = Sample(config.clients_per_round, config.seed, clients_of, config.timeout)
         strategy = OneShotMerge(
             model,
             examples.server.images,
@@ -154,13 +170,16 @@ class _Session:
             seed=config.seed,
             batch_size=config.batch_size,
             min_completed=config.min_completed,
-            send_arrays_first_round=config.init == "shared",
+            send_arrays_first_round=config.init == "shared" or config.anchor,
+            anchor=config.anchor and config.init != "shared",
             ttl=config.timeout,
             connect_timeout=config.timeout,
             device=config.device,
             progress=progress,
             others=federation_models.of_others(config, examples),
-            min_train_nodes=config.clients,
+            sample=sample if config.clients_per_round else None,
+            min_train_nodes=config.asked,
+            min_available_nodes=config.clients,
         )
 
         def arrived(message: Message, reply: Message) -> None:

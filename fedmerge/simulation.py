@@ -9,7 +9,7 @@ resumed run that has all its updates needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flwr.app import Message, MessageType, RecordDict
@@ -19,10 +19,12 @@ from fedmerge import federation, flower
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.problem import Progress, Update, silent
-from fedmerge.raygrid import RayGrid
+from fedmerge.raygrid import RayGrid, partition_of
 from fedmerge.recording import Recall, round_of
 from fedmerge.runs import Run
+from fedmerge.sampling import drawn
 from fedmerge.server import collect, serve
+from fedmerge.together import group_size
 from fedmerge.wire import update_to_records
 
 
@@ -64,7 +66,9 @@ def simulate(config: Config, run: Run, *, progress: Progress = silent, resume: b
     examples = federation.load(config)
     recall = recall_from(run, config) if resume else None
     with simulation(config, examples) as grid:
-        return serve(grid, config, run, load=lambda _: examples, recall=recall, progress=progress, pause=0)
+        return serve(
+            grid, config, run, load=lambda _: examples, recall=recall, progress=progress, pause=0, clients_of=nodes_of
+        )
 
 
 def train_clients(
@@ -82,17 +86,32 @@ def train_clients(
     examples = federation.load(config)
     recall = recall_from(run, config) if resume else None
     grid.load(config, examples)
-    return collect(grid, config, run, load=lambda _: examples, recall=recall, progress=progress, pause=0)
+    return collect(
+        grid, config, run, load=lambda _: examples, recall=recall, progress=progress, pause=0, clients_of=nodes_of
+    )
+
+
+def nodes_of(node_ids: Sequence[int]) -> dict[int, int]:
+    """Return the node of each client of a simulation."""
+    return {node_id - flower.FIRST_NODE_ID: node_id for node_id in node_ids}
 
 
 def recall_from(run: Run, config: Config) -> Recall:
-    """Return what answers a training message by the update that the run folder has, if it has one."""
+    """Return what answers a training message by the update that the run folder has, if it has one.
+
+    Where clients train side by side, to the same bits with the same others alone, that is if it has all of the round's.
+    """
+    together = group_size(config, 0) > 1
+
+    def complete(server_round: int) -> bool:
+        asked = drawn(range(config.clients), config.asked, seed=config.seed, server_round=server_round)
+        return all(run.has_update(config.seed, server_round, client) for client in asked)
 
     def recall(message: Message) -> RecordDict | None:
         if message.metadata.message_type != MessageType.TRAIN:
             return None
-        place = config.seed, round_of(message), message.metadata.dst_node_id - flower.FIRST_NODE_ID
-        if not run.has_update(*place):
+        place = config.seed, round_of(message), partition_of(message)
+        if not run.has_update(*place) or (together and not complete(round_of(message))):
             return None
         float16 = config.client_devices[place[2]].float16
         return update_to_records(run.load_update(*place), upload_dtype="float16" if float16 else config.upload_dtype)

@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -25,14 +24,15 @@ from torch import Tensor, nn
 
 from fedmerge import mixed, oneshot
 from fedmerge.catalogue import parse_method
-from fedmerge.client import choose_device
 from fedmerge.goingon import GoingOn
+from fedmerge.machine import choose_device
 from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
 from fedmerge.rounds import RoundFailed as RoundFailed
 from fedmerge.rounds import wait_for_nodes
-from fedmerge.seeds import derive, generator
+from fedmerge.sampling import Sample, drawn
+from fedmerge.seeds import derive
 from fedmerge.state import StateDict
 from fedmerge.train import laid_out, predict
 from fedmerge.wire import (
@@ -63,12 +63,14 @@ class OneShotMerge(FedAvg):
         batch_size: examples in a step of a learned merge.
         min_completed: fewer good updates than this fail the round.
         send_arrays_first_round: False where clients start from initialisations of their own.
+        anchor: what the first round sends is no start: clients fit their units to it (`fedmerge.anchor`).
         on_round: called after each merge.
         ttl: seconds after which Flower gives up on a client; None: Flower's default.
         connect_timeout: seconds to wait for the minimum of nodes before a round; then it starts with those that are
             there, if they are `min_completed`.
         device: where the merge runs: "auto", "cpu", "cuda" or "cuda:N".
         progress: called on long work.
+        sample: draws the clients of a round; None: `fraction_train` of the nodes, by their ids.
         others: architectures that clients may have and the server has not, by the names that these clients declare; in
             later rounds such clients get their family's merged model (`fedmerge.mixed`).
         fedavg: the arguments of FedAvg. `min_available_nodes` is by default `min_train_nodes`, and
@@ -92,11 +94,13 @@ class OneShotMerge(FedAvg):
         batch_size: int = 32,
         min_completed: int = 2,
         send_arrays_first_round: bool = True,
+        anchor: bool = False,
         on_round: OnRound | None = None,
         ttl: float | None = None,
         connect_timeout: float = 3600.0,
         device: str = "auto",
         progress: Progress = silent,
+        sample: Sample | None = None,
         others: Mapping[str, nn.Module] | None = None,
         **fedavg: Any,
     ) -> None:
@@ -127,9 +131,11 @@ class OneShotMerge(FedAvg):
         self.align, self.merge, self.screen, self.seed = align, merge, screen, seed
         self.min_completed = min_completed
         self.send_arrays_first_round = send_arrays_first_round
+        self.anchor = anchor
         self.on_round = on_round
         self.ttl = ttl
         self.connect_timeout = connect_timeout
+        self._sample = sample
         self._asked: frozenset[int] = frozenset()
         self._nodes: dict[int, int] = {}
         self._going_on = GoingOn()
@@ -162,13 +168,15 @@ class OneShotMerge(FedAvg):
             least=self.min_completed,
             timeout=self.connect_timeout,
         )
-        size = min(max(int(len(node_ids) * self.fraction_train), self.min_train_nodes), len(node_ids))
-        order = torch.randperm(len(node_ids), generator=generator(self.seed, "sample", server_round))
-        chosen = [node_ids[index] for index in order[:size].sort().values.tolist()]
-        told = {**config, SERVER_ROUND: server_round}
-        content = RecordDict({self.configrecord_key: ConfigRecord(told)})
+        if self._sample is not None:
+            chosen = self._sample.nodes(server_round, node_ids, grid)
+        else:
+            size = max(int(len(node_ids) * self.fraction_train), self.min_train_nodes)
+            chosen = drawn(node_ids, size, seed=self.seed, server_round=server_round)
+        content = RecordDict({self.configrecord_key: ConfigRecord(told := {**config, SERVER_ROUND: server_round})})
         if server_round > 1 or self.send_arrays_first_round:
             content[self.arrayrecord_key] = arrays
+        if server_round > 1 or (self.send_arrays_first_round and not self.anchor):
             start = state_from_arrays(arrays, self.problem.model.state_dict())
             start = {name: tensor.to(self.problem.data.images.device) for name, tensor in start.items()}
             self.problem = self.problem.changed(start=start)

@@ -160,28 +160,25 @@ def paired_differences(rows: Sequence[Row], baseline: str = BASELINE) -> dict[st
     differences = {}
     for row in rows:
         paired = [row.accuracies[seed] - reference[seed] for seed in row.accuracies if seed in reference]
-        if row.method != baseline and paired:
-            differences[row.method] = difference(paired)
+        if row.method == baseline or not paired:
+            continue
+        differences[row.method] = with_interval(paired)
     return differences
 
 
-def difference(paired: Sequence[float]) -> Difference:
-    """Return mean(d) ± t(0.975, n − 1) · std(d) / √n of n paired differences.
+def with_interval(values: Sequence[float]) -> Difference:
+    """Return the mean of values, one for each seed, with its 95 % Student t interval.
 
     Args:
-        paired: d, at least one; of one there is no interval.
-
-    Example:
-        >>> difference([0.01, 0.02, 0.03]).mean
-        0.02
+        values: at least one.
     """
     from scipy.stats import t
 
     half_width = None
-    if len(paired) > 1:
-        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1))
-        half_width = quantile * statistics.stdev(paired) / math.sqrt(len(paired))
-    return Difference(statistics.fmean(paired), half_width, len(paired))
+    if len(values) > 1:
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        half_width = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Difference(statistics.fmean(values), half_width, len(values))
 
 
 def best_single_model(rows: Sequence[Row]) -> Row | None:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from fedmerge.errors import FedmergeError
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
 from fedmerge.seeds import default_generator, fork
+from fedmerge.sgd import Descent, diverged
+from fedmerge.sgd import Diverged as Diverged
+from fedmerge.sgd import LocalTraining as LocalTraining
+from fedmerge.sgd import batches as batches
+from fedmerge.sgd import num_batches as num_batches
 from fedmerge.state import StateDict
 
 EVALUATION_BATCH = 128
@@ -22,31 +26,6 @@ EVALUATION_BATCH = 128
 
 LEAST_LOG_PROBABILITY = -700.0
 """Stands for the logarithm of 0, which an ensemble may give to a class that none of its members has seen."""
-
-
-class Diverged(FedmergeError, ArithmeticError):
-    """A training whose loss is no longer a finite number."""
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """A client's local training: SGD with momentum and a cosine decay of the learning rate to 0.
-
-    Attributes:
-        epochs: passes over the client's examples.
-        batch_size: examples a step; the last batch of an epoch may be smaller (never of size 1 where there is another).
-        lr: learning rate of the first step.
-        momentum: of SGD, in [0, 1).
-        weight_decay: L2 penalty's factor.
-        proximal_mu: μ of FedProx: the penalty μ/2 ‖θ − start‖² holds the weights near the start.
-    """
-
-    epochs: int = 10
-    batch_size: int = 32
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,36 +74,43 @@ def fit(
     model.load_state_dict(dict(state))
     model.train()
     if moving is not None:
-        _freeze(model, moving)
-    start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.proximal_mu else []
+        freeze(model, moving)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
-    )
-    steps = recipe.epochs * num_batches(len(examples), recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    descent = Descent(trained, recipe, steps=recipe.epochs * num_batches(len(examples), recipe.batch_size))
     mean_loss = math.nan
     with default_generator(fork(generator), examples.images.device):
         for _ in range(recipe.epochs):
             total = torch.zeros((), device=examples.images.device)
             for index in batches(len(examples), recipe.batch_size, generator):
                 batch = examples[index.to(examples.images.device)]
-                optimizer.zero_grad()
                 loss = functional.cross_entropy(model(batch.images), batch.labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if recipe.proximal_mu:
-                    _pull(model, start, recipe.proximal_mu)
-                optimizer.step()
-                schedule.step()
+                descent.step(torch.autograd.grad(loss, trained, allow_unused=True))
                 total += loss.detach() * len(batch)
             mean_loss = float(total) / len(examples)
             if not math.isfinite(mean_loss):
-                prox = f" or --proximal-mu (it is {recipe.proximal_mu})" if recipe.proximal_mu else ""
-                raise Diverged(f"the training loss became {mean_loss}; lower --lr (it is {recipe.lr}){prox}")
+                raise diverged(mean_loss, recipe)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
 
 
-def _freeze(model: nn.Module, moving: Collection[str]) -> None:
+def sgd(
+    model: nn.Module, recipe: LocalTraining, steps: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
+    """Return the optimizer of a local training and its schedule, a cosine decay over all steps.
+
+    Args:
+        model: of which what requires a gradient is trained.
+        recipe: the hyper-parameters.
+        steps: in all, at least 1.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return optimizer, schedule
+
+
+def freeze(model: nn.Module, moving: Collection[str]) -> None:
     """Let nothing but the tensors of these names change in training."""
     for name, module in model.named_modules():
         own = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
@@ -132,44 +118,6 @@ def _freeze(model: nn.Module, moving: Collection[str]) -> None:
             module.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in moving)
-
-
-@torch.no_grad()
-def _pull(model: nn.Module, start: Sequence[Tensor], strength: float) -> None:
-    """Add the gradient of the proximal term to the parameters' gradients.
-
-    Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv
-    1812.06127.
-    """
-    for parameter, was in zip(model.parameters(), start, strict=True):
-        if parameter.grad is not None:
-            parameter.grad += strength * (parameter - was)
-
-
-def num_batches(num_examples: int, batch_size: int) -> int:
-    """Return the number of batches of one epoch of `batches`."""
-    whole, rest = divmod(num_examples, batch_size)
-    return max(1, whole + (rest > 1))
-
-
-def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield one epoch's batches of indices, in random order.
-
-    A last batch of one example joins the one before: batch normalisation cannot train on it.
-
-    Args:
-        num_examples: examples in all.
-        batch_size: examples in a batch.
-        generator: decides the order.
-
-    Example:
-        >>> [len(batch) for batch in batches(9, 4, torch.Generator())]
-        [4, 5]
-    """
-    order = torch.randperm(num_examples, generator=generator)
-    count = num_batches(num_examples, batch_size)
-    for number in range(count):
-        yield order[number * batch_size : None if number == count - 1 else (number + 1) * batch_size]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Updates as Flower records, and back: the boundary at which nothing that arrives is trusted.
 
 A reply holds one ArrayRecord (the state dict), one more for each statistic that was asked for, and one MetricRecord:
-`num-examples`, and from our own clients also `partition-id`, `label-counts`, `loss`, `accuracy` and `seconds`. A client
+`num-examples`, and from our own clients also `partition-id`, `label-counts` and what is in `REPORTED`. A client
 whose architecture is not the server's declares it by name in a ConfigRecord; the federation knows those names, and
 nothing is built by what arrives. One that sends its last layers alone announces how many; the others are those that it
 started from. What does not fit raises `MalformedUpdate` before memory is spent on it: the sizes
@@ -10,6 +10,8 @@ that headers tell are compared with the model's before an array is read.
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -21,10 +23,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedmerge.catalogue import STATISTICS
-from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, is_finite
+from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, PRIVACY, is_finite
 from fedmerge.partial import last_layers, num_layers
 from fedmerge.problem import Update
-from fedmerge.state import MalformedState, StateDict, check_state, conform, num_bytes
+from fedmerge.state import MalformedState, StateDict, conform, num_bytes
 from fedmerge.statistics import expected_shape
 
 T = TypeVar("T")
@@ -46,7 +48,7 @@ PROXIMAL_MU = "proximal-mu"
 """Where Flower's FedProx tells clients its μ."""
 MOST_CLIENTS = 2**64  # as there are node ids
 MOST_EXAMPLES = 2**53  # beyond it a float64, by which updates are weighted, no longer holds every whole number
-REPORTED = ("loss", "accuracy", "seconds")
+REPORTED = ("loss", "accuracy", "seconds", *PRIVACY)
 
 NUMPY_FORMAT = "numpy.ndarray"
 HEADER = re.compile(
@@ -89,7 +91,7 @@ def arrays_from_state(state: StateDict, dtype: torch.dtype | None = None) -> Arr
         >>> arrays_from_state({"w": torch.zeros(2, 3)}, torch.float16)["w"].dtype
         'float16'
     """
-    return ArrayRecord({name: Array(_to_numpy(name, tensor, dtype)) for name, tensor in state.items()})
+    return ArrayRecord({name: _array(_to_numpy(name, tensor, dtype)) for name, tensor in state.items()})
 
 
 def state_from_arrays(arrays: ArrayRecord, expected: StateDict) -> dict[str, Tensor]:
@@ -225,7 +227,6 @@ def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str,
             for name, array in arrays.items()
         }
         state = conform(sent, expected)
-        check_state(state, expected)  # again, for a float64 that is infinite in float32
     except MalformedState as error:
         raise MalformedUpdate(str(error)) from error
     return state, num_bytes(sent)
@@ -267,6 +268,19 @@ def _read(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
         shape, order="F" if header[3] == b"True" else "C"
     )
     return torch.from_numpy(numbers.copy())
+
+
+def _array(values: np.ndarray[Any, Any]) -> Array:
+    """Return an array as Flower makes it, whose header is written once for all arrays of its type and shape."""
+    dtype, shape = values.dtype.name, values.shape
+    return Array(dtype=dtype, shape=shape, stype=NUMPY_FORMAT, data=_header(dtype, shape) + values.tobytes())
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    buffer, told = io.BytesIO(), {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, told)
+    return buffer.getvalue()
 
 
 def _to_numpy(name: str, tensor: Tensor, dtype: torch.dtype | None) -> np.ndarray[Any, Any]:

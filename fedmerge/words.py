@@ -12,6 +12,8 @@ from fedmerge.config import Config
 from fedmerge.summary import BASELINE, Difference, Row, best_single_model, paired_differences
 from fedmerge.tables import clean, percent, signed
 
+CHECKPOINT = ".safetensors"
+
 
 def repeat_command(settings: Mapping[str, Any]) -> str:
     """Return the command that repeats a run.
@@ -29,6 +31,11 @@ def repeat_command(settings: Mapping[str, Any]) -> str:
         del lists["methods"]
     deployed = settings["command"] == "flwr run"
     words = ["fedmerge", *(("deploy", "run", "--superlink", "HOST:PORT") if deployed else (settings["command"],))]
+    if settings["command"] == "merge":
+        words += (sources := settings.get("sources", []))
+        lists.pop("seeds", None)
+        if not any(source.endswith(CHECKPOINT) for source in sources):  # run folders, whose configuration counts
+            options = {name: value for name, value in options.items() if name in ("server-labels", "server-limit")}
     for name, value in {**options, **lists}.items():
         if name == "out" or (name == "seed" and "seeds" in lists):
             continue
@@ -70,6 +77,37 @@ def scenario(config: Config, seeds: Sequence[int], partition: Mapping[str, Any] 
         f"{start}.{weak} The server {images} that no client has. Accuracies are on "
         f"{len(partition['evaluation']):,} {judged} that neither has seen, {over}."
     )
+
+
+def privacy(config: Config, results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what a run's clients were promised by differential privacy, in sentences; none where it was not used.
+
+    Args:
+        config: the federation's configuration.
+        results: the run's, of which the largest ε and δ count.
+    """
+    told: dict[str, float] = {}
+    for result in results:
+        for name, value in result.get("privacy", {}).items():
+            told[name] = max(value, told.get(name, 0.0))
+    found = []
+    if "epsilon" in told:
+        whose = "each client" if told["clients"] >= config.clients else f"{told['clients']:.0f} of {config.clients}"
+        found.append(
+            f"Models are differentially private for each image of {whose}, over all rounds: ε ≤ {told['epsilon']:.3g}, "
+            f"δ = {told['delta']:.2g} by their word. Merging is post-processing: no merge changes that"
+        )
+    if "label-count-epsilon" in told:
+        found.append(f"Label counts have noise: ε = {told['label-count-epsilon']:.3g}, to be added")
+    elif found and config.label_counts:
+        found.append("Label counts are exact, and not covered")
+    elif found:
+        found.append("Label counts are kept back")
+    if found:
+        found.append("Numbers of images are exact")
+    if config.dp_clip and not config.dp_noise:
+        found.append("Gradients are clipped without noise (--dp-noise): that alone is no privacy")
+    return [f"{clean(sentence)}." for sentence in found]
 
 
 def headline(rows: Sequence[Row], baseline: str = BASELINE) -> list[str]:

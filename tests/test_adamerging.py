@@ -48,8 +48,8 @@ def doubles(count: int) -> tuple[Problem, list[Update]]:
 @pytest.mark.parametrize(
     ("method", "loss"),
     [
-        (AdaMerging(lrs=(0.02,), steps=25), functional.cross_entropy),
-        (AdaMerging(lrs=(0.02,), steps=25, entropy=True), entropy),
+        (AdaMerging(average=False, lrs=(0.02,), steps=25), functional.cross_entropy),
+        (AdaMerging(average=False, lrs=(0.02,), steps=25, entropy=True), entropy),
     ],
     ids=["labels", "entropy"],
 )

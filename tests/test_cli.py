@@ -231,7 +231,7 @@ def test_a_failing_method_fails_the_command_but_not_the_others(tmp_path: Path, m
 def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
     result = run_command("report", tmp_path)
     assert result.exit_code == 1
-    assert "is not a run folder: it has no config.json" in result.output
+    assert "is not a run folder and holds none (no config.json, here or below)" in " ".join(result.output.split())
 
 
 def test_an_error_is_told_once_and_logged(tmp_path: Path) -> None:

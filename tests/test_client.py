@@ -10,10 +10,11 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedmerge import federation, models
-from fedmerge.client import choose_device, client_app, evaluate_client, num_threads, train_client
+from fedmerge.client import client_app, evaluate_client, train_client
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_CRASHED, CLIENT_FAILED, identity, node_context
+from fedmerge.machine import choose_device, num_threads
 from fedmerge.nodes import partition_of
 from fedmerge.problem import Update
 from fedmerge.seeds import derive, generator

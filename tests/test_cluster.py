@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmerge.actors import tensor_from_shared_memory
+from fedmerge.actorside import tensor_from_shared_memory
 from fedmerge.cluster import Resources, room, shorten
 from fedmerge.settings import ConfigurationError
 

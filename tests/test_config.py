@@ -28,9 +28,12 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
     "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),
     "local_epochs": COUNTS.map(str) | st.tuples(COUNTS, COUNTS).map(lambda pair: f"{min(pair)}..{max(pair)}"),
-    "clients": st.integers(100, 10**6),
+    "clients": st.integers(100, 10**4),
+    "clients_per_round": st.sampled_from([0, 100]),
     "min_completed": st.integers(1, 100),
     "momentum": st.floats(0, 1, exclude_max=True),
+    "dp_delta": st.floats(0, 1, exclude_max=True),
+    "dp_noise": st.just(0.0),
     "models": st.just(""),
     "devices": st.sampled_from(["", "epochs=1:2,float16:3", "epochs=2+float16:100"]),
     "seed": st.integers(),
@@ -38,7 +41,11 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "server_limit": st.sampled_from([-1, 1]),
 }
 BY_TYPE: dict[type, st.SearchStrategy[Any]] = {bool: st.booleans(), int: COUNTS, float: POSITIVE, str: st.text()}
-CONFIGS = st.builds(Config, **{name: STRATEGIES.get(name, BY_TYPE[kind]) for name, kind in TYPES.items()})
+FIELD_STRATEGIES = {name: STRATEGIES.get(name, BY_TYPE[kind]) for name, kind in TYPES.items()}
+CONFIGS = st.builds(Config, **FIELD_STRATEGIES) | st.builds(
+    Config,
+    **{**FIELD_STRATEGIES, "dp_noise": POSITIVE, "client_statistics": st.just("")},  # which exclude each other
+)
 
 
 def test_every_field_has_a_help_text_and_a_default_of_its_declared_type() -> None:

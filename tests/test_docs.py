@@ -16,8 +16,15 @@ from fedmerge.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+BENCHMARK = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
 ARCHITECTURES = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("  #")[0] for line in README.splitlines() if line.startswith("fedmerge ")]
+COMMANDS = [
+    line.split("  #")[0]
+    for line in (README + BENCHMARK).replace("\\\n", "").splitlines()
+    if line.startswith("fedmerge ")
+]
+EXPECTED = ROOT / "experiments" / "expected"
+IN_OTHER_PAGES = {"alignment", "architectures", "devices", "hostile", "methods", "one_round", "privacy"}
 
 
 def test_the_readmes_table_is_the_experiments() -> None:
@@ -44,9 +51,40 @@ def test_the_tables_of_architectures_and_devices_are_the_experiments() -> None:
     assert all(f"experiments/{name}.py" in ARCHITECTURES for name in ("architectures", "devices"))
 
 
+def marked_tables(page: str) -> dict[str, list[str]]:
+    """The lines of the table after each marker: `<!-- table: NAME -->`, or NAME.KEY for one of several."""
+    found = re.findall(r"^<!-- table: ([\w.-]+) -->\n((?:\|.*\n?)*)", page, re.MULTILINE)
+    return {name: table.splitlines() for name, table in found}
+
+
+def test_a_marked_table_ends_where_its_lines_end() -> None:
+    page = "text\n<!-- table: a -->\n| x |\n| 1 |\n\n| other |\n<!-- table: b.c -->\n| y |"
+    assert marked_tables(page) == {"a": ["| x |", "| 1 |"], "b.c": ["| y |"]}
+
+
+def test_the_tables_of_the_benchmark_are_the_experiments() -> None:
+    tables: dict[str, list[str]] = {}
+    for path in EXPECTED.glob("*.json"):
+        if path.stem not in IN_OTHER_PAGES:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            tables |= {path.stem: content["table"]} if "table" in content else {}
+            tables |= {f"{path.stem}.{key}": table for key, table in content.get("tables", {}).items()}
+    assert marked_tables(BENCHMARK) == tables
+    for name in tables:
+        assert f"experiments/{name.partition('.')[0]}.py" in BENCHMARK
+
+
+def test_the_tables_of_privacy_are_the_experiments() -> None:
+    expected = json.loads((ROOT / "experiments" / "expected" / "privacy.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    assert "\n".join(expected["table"]) in page
+    assert "\n".join(expected["anchors"]) in page
+    assert "experiments/privacy.py" in page
+
+
 def test_every_merger_is_measured_or_needs_other_clients() -> None:
-    expected = json.loads((ROOT / "experiments" / "expected" / "methods.json").read_text(encoding="utf-8"))
-    measured = {parse_method(method)[1] for cell in expected["accuracy"].values() for method in cell}
+    cells = [json.loads((EXPECTED / f"{name}.json").read_text(encoding="utf-8")) for name in ("methods", "published")]
+    measured = {parse_method(name)[1] for content in cells for cell in content["accuracy"].values() for name in cell}
     assert set(MERGERS) - measured == {"flower-bulyan"}, "Bulyan needs more than five clients to guard against one"
 
 

@@ -57,7 +57,9 @@ LAYERS: dict[str, frozenset[str]] = {
             "conforming",
             "screening",
             "updatefiles",
+            "sgd",
             "train",
+            "batched",
             "calibrate",
             "oneshot",
             "outcomes",
@@ -71,6 +73,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "adapt.joining",
             "adapt.widths",
             "align",
+            "anchor",
             "align.activations",
             "align.auto",
             "align.cca",
@@ -111,6 +114,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "merge.regmean",
             "merge.pool",
             "merge.propagation",
+            "merge.shares",
             "merge.source",
             "merge.stacking",
             "merge.starts",
@@ -134,9 +138,15 @@ LAYERS: dict[str, frozenset[str]] = {
             "metrics",
             "nodes",
             "rounds",
+            "sampling",
             "flower",
             "flower_strategies",
+            "machine",
+            "workspaces",
+            "orders",
             "client",
+            "privacy",
+            "together",
             "strategy",
             "server",
             "recording",
@@ -145,6 +155,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "fetch",
             "cluster",
             "actors",
+            "actorside",
             "raygrid",
             "simulation",
             "runs",
@@ -162,6 +173,15 @@ LAYERS: dict[str, frozenset[str]] = {
             "words",
             "figures",
             "report",
+            "pages",
+            "benchmark",
+            "benchmark.collecting",
+            "benchmark.contests",
+            "benchmark.curves",
+            "benchmark.drawings",
+            "benchmark.maps",
+            "benchmark.page",
+            "benchmark.rounds",
         ]
     ),
     "command": frozenset(["__init__", "__main__", "cli", "console", "deploycli", "options", "preparation"]),
@@ -176,10 +196,12 @@ ONLY_IN = {
         "wire",
         "metrics",
         "rounds",
+        "sampling",
         "flower",
         "flower_strategies",
         "resuming",
         "client",
+        "together",
         "strategy",
         "goingon",
         "server",
@@ -191,11 +213,12 @@ ONLY_IN = {
     "flwr_datasets": {"partition"},
     "torchvision": {"data", "datafiles", "models"},
     "sklearn": {"data"},
-    "matplotlib": {"figures", "report"},
-    "jinja2": {"report"},
+    "matplotlib": {"figures", "pages", "benchmark.drawings"},
+    "jinja2": {"pages"},
     "rich": {"console", "tables"},
     "click": {"cli", "deploycli", "options", "preparation"},
     "filelock": {"datafiles", "runs"},
+    "opacus": {"privacy"},
 }
 BROUGHT = {"ray": "flwr", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
 """Packages that no requirement names, and the declared dependency whose interface they are a part of."""
@@ -312,7 +335,8 @@ def test_the_flower_app_imports_the_package_and_flower_alone() -> None:
 def test_the_libraries_that_are_imported_are_the_declared_dependencies() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project: dict[str, Any] = tomllib.load(file)["project"]
-    names = {text.split(";")[0].split("[")[0].split(">")[0].split("<")[0].strip() for text in project["dependencies"]}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["privacy"]]
+    names = {text.split(";")[0].split("[")[0].split(">")[0].split("<")[0].strip() for text in requirements}
     assert set(BROUGHT.values()) <= names
     declared = {{"scikit-learn": "sklearn"}.get(name, name).replace("-", "_") for name in names}
     used = set().union(*(foreign(path) for path in (*MODULES.values(), *APPS)))

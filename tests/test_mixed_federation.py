@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fedmerge import federation, models
 from fedmerge.cli import main
-from fedmerge.client import client_app, own_start, train_client
+from fedmerge.client import client_app, train_client
 from fedmerge.compare import Bench
 from fedmerge.config import Config
 from fedmerge.export import export_stored
 from fedmerge.flower import CLIENT_FAILED, identity, node_context
+from fedmerge.orders import own_start
 from fedmerge.problem import Update
 from fedmerge.runs import Run
 from fedmerge.seeds import derive

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmerge import federation, models
-from fedmerge.client import client_app, evaluate_client, num_threads, train_client
+from fedmerge.client import client_app, evaluate_client, train_client
 from fedmerge.config import Config
 from fedmerge.flower import CLIENT_FAILED, identity, node_context
+from fedmerge.machine import num_threads
 from fedmerge.problem import Problem
 from fedmerge.recording import RecordingGrid
 from fedmerge.results import bytes_up

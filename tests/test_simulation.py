@@ -24,7 +24,7 @@ from fedmerge.cluster import RAY_SETTINGS
 from fedmerge.config import Config
 from fedmerge.flower import identity, set_message_id
 from fedmerge.problem import Update
-from fedmerge.raygrid import Clients, RayGrid
+from fedmerge.raygrid import Clients, RayGrid, partition_of
 from fedmerge.runs import Run
 from fedmerge.server import collect
 from fedmerge.settings import ConfigurationError
@@ -42,15 +42,15 @@ pytestmark = [
 class Faulty(Clients):
     """Clients with faults by their number, which the configuration's `out` tells: "0=die 2=raise"."""
 
-    def answer(self, message: Message, content: RecordDict, partition_id: int) -> Message:
-        fault = dict(item.split("=") for item in self._config.out.split()).get(str(partition_id))
+    def answer(self, messages: Sequence[Message], content: RecordDict) -> list[Message]:
+        fault = dict(item.split("=") for item in self._config.out.split()).get(str(partition_of(messages[0])))
         if fault == "die":
             os._exit(3)
         if fault == "raise":
             raise ValueError("no disk")
         if fault == "hang":
             time.sleep(600)
-        return super().answer(message, content, partition_id)
+        return super().answer(messages, content)
 
 
 @pytest.fixture(scope="module")

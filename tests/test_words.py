@@ -46,6 +46,14 @@ def test_the_command_to_repeat_a_run_gives_its_configuration(config: Config) -> 
     assert Config.from_mapping(parsed(repeat_command(settings))) == config.replace(out="")
 
 
+def test_the_command_to_merge_again_names_sources_methods_and_what_the_server_uses() -> None:
+    config = Config(seed=5, alpha=0.1, server_labels=10, server_limit=50, out="new").to_mapping()
+    settings = {"command": "merge", "config": config, "methods": ["np"], "sources": ["my run"], "seeds": [0, 1]}
+    assert repeat_command(settings) == "fedmerge merge 'my run' --server-labels 10 --server-limit 50 --methods np"
+    checkpoints = settings | {"sources": ["a.safetensors", "b.safetensors"], "config": Config(alpha=0.1).to_mapping()}
+    assert repeat_command(checkpoints) == "fedmerge merge a.safetensors b.safetensors --alpha 0.1 --methods np"
+
+
 def test_the_command_to_repeat_a_comparison_names_methods_and_seeds_once() -> None:
     settings = {
         "command": "compare",
