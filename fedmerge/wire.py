@@ -15,7 +15,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -264,16 +264,16 @@ def _read(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
     size, wanted = len(array.data) - header.end(), math.prod(shape) * np.dtype(dtype).itemsize
     if size != wanted:
         raise MalformedUpdate(f"array '{name}' holds {size} bytes, expected {wanted}")
-    numbers = np.frombuffer(array.data[header.end() :], dtype).reshape(
-        shape, order="F" if header[3] == b"True" else "C"
-    )
+    order: Literal["F", "C"] = "F" if header[3] == b"True" else "C"
+    numbers = np.frombuffer(array.data, dtype, offset=header.end()).reshape(shape, order=order)
     return torch.from_numpy(numbers.copy())
 
 
 def _array(values: np.ndarray[Any, Any]) -> Array:
     """Return an array as Flower makes it, whose header is written once for all arrays of its type and shape."""
+    values = np.require(values, requirements="C")
     dtype, shape = values.dtype.name, values.shape
-    return Array(dtype=dtype, shape=shape, stype=NUMPY_FORMAT, data=_header(dtype, shape) + values.tobytes())
+    return Array(dtype=dtype, shape=shape, stype=NUMPY_FORMAT, data=b"".join((_header(dtype, shape), values.data)))
 
 
 @functools.lru_cache(maxsize=1024)
