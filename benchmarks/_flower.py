@@ -19,7 +19,7 @@ def app_of(config: Config) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        context.run_config = settings
-        return inner(message, context)
+        told = Context(context.run_id, context.node_id, context.node_config, context.state, settings)
+        return inner(message, told)
 
     return app
