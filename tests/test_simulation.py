@@ -96,6 +96,24 @@ def test_any_number_of_actors_gives_the_bits_of_this_process(ray: Any, tmp_path:
 
 
 @pytest.mark.slow
+def test_side_by_side_any_number_of_actors_gives_the_same_bits_which_are_those_of_one_by_one_but_for_rounding(
+    ray: Any,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    found = []
+    for client_cpus in (2.0, 4.0):
+        config = CONFIG.replace(clients=5, min_client_examples=5, client_cpus=client_cpus, batched_clients=2)
+        with simulation.simulation(config, federation.load(config)) as grid:
+            found.append(collect(grid, config, new_run(tmp_path / str(client_cpus), config), pause=0))
+    for one, other in zip(*found, strict=True):
+        assert one.partition_id == other.partition_id
+        assert same(one.state, other.state)
+        alone = train_client(config, federation.load(config), one.partition_id, 1, None)
+        for name, tensor in alone.state.items():
+            torch.testing.assert_close(one.state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_an_actor_that_dies_and_a_client_that_raises_are_told_and_the_round_goes_on(
     ray: Any,  # noqa: ARG001
     tmp_path: Path,
