@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from _run import compare
+from _run import compare_all
 
 from fedmerge.runs import Run
 
@@ -17,9 +18,6 @@ PARTITIONS = {
     "disjoint": "--partition disjoint",
 }
 """Flags by name, from much to little skew, and clients with classes of their own."""
-SEEDS = {"Dirichlet(0.1)": "0,1,2,3,4"}
-"""Of the partitions that have more than three."""
-
 SMOKE = "fedmerge compare --partition dirichlet --alpha 0.3 --server-examples 300 --server-labels 0 --methods fedavg"
 """Clients for the smoke size."""
 
@@ -34,17 +32,19 @@ def command(partition: str, init: str) -> str:
     return (
         "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
         f"{PARTITIONS[partition]} --init {init} --server-examples {SERVER} --server-labels 0 "
-        f"--seeds {SEEDS.get(partition, '0,1,2')} --methods fedavg,ensemble"
+        "--seeds 0,1,2,3,4 --methods fedavg,ensemble"
     )
 
 
-def clients(partition: str, init: str, out: Path) -> Run:
-    """Return the run of such clients, trained now if they are not there.
+def clients(kinds: Iterable[tuple[str, str]], out: Path) -> list[Run]:
+    """Return the runs of such clients, trained now if they are not there.
 
     Args:
-        partition: a key of `PARTITIONS`.
-        init: "shared" or "independent".
+        kinds: keys of `PARTITIONS`, each with "shared" or "independent".
         out: folder of the clients.
     """
-    letters = "".join(letter for letter in partition.lower() if letter.isalnum() or letter == ".")
-    return compare(command(partition, init), out / f"clients-{letters}-{init}")
+    return compare_all({out / f"clients-{_letters(name)}-{init}": command(name, init) for name, init in kinds})
+
+
+def _letters(partition: str) -> str:
+    return "".join(letter for letter in partition.lower() if letter.isalnum() or letter == ".")

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedmerge.runs import Run
+import torch
+
+from fedmerge.runs import Run, file_name
 from fedmerge.summary import Difference, Row, summarize, with_interval
 from fedmerge.tables import NOTHING, percent
 
@@ -24,6 +26,10 @@ EXPECTED = HERE / "expected"
 FIGURES = HERE.parent / "docs" / "figures"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))}
 """Of the commands: the models that experiments define can be imported by name."""
+
+CORES = os.cpu_count() or 1
+CORES_OF_ONE = 5
+"""That a comparison keeps busy, of five clients."""
 
 Rows = Mapping[str, Row]
 """What a run found out, by method."""
@@ -48,6 +54,8 @@ def main(description: str | None, experiment: Callable[[str, Path], None]) -> No
 def compare(command: str, out: Path) -> Run:
     """Run `fedmerge compare …` (or simulate) into a run folder, or finish the run that is there.
 
+    Where there is a GPU, clients share it.
+
     Args:
         command: as a user would type it, without --out.
         out: the run folder.
@@ -55,26 +63,46 @@ def compare(command: str, out: Path) -> Run:
     words = shlex.split(command)[1:]
     if (out / "config.json").exists():
         words = [words[0], "--resume"]
+    if torch.cuda.is_available():
+        words += ["--client-gpus", f"{1 / CORES:.4f}"]
     subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True, env=ENVIRONMENT)
     return Run.open(out)
 
 
-def merge(jobs: Mapping[Path, tuple[Run, str]]) -> list[Run]:
-    """Merge stored updates again, as many runs side by side as there are cores; what is there is not done again.
+def compare_all(commands: Mapping[Path, str]) -> list[Run]:
+    """Return the runs of several commands (see `compare`), side by side where there are cores for more than one.
 
     Args:
-        jobs: by the folder of the results, the run whose clients are merged and the arguments of `fedmerge merge`.
+        commands: by run folder.
+    """
+    with ThreadPoolExecutor(max(1, CORES // CORES_OF_ONE)) as pool:
+        return list(pool.map(lambda item: compare(item[1], item[0]), commands.items()))
+
+
+def merge(jobs: Mapping[Path, tuple[Run, str]]) -> list[dict[str, Row]]:
+    """Merge stored updates again, and return the rows by method of each job.
+
+    Each method has a process and a run folder of its own, as many side by side as there are cores; what is there is
+    not done again.
+
+    Args:
+        jobs: by the folder of the results, the run whose clients are merged and the arguments of `fedmerge merge`, of
+            which the last is --methods.
     """
 
-    def job(out: Path, run: Run, arguments: str) -> Run:
+    def one(out: Path, run: Run, flags: Sequence[str], method: str) -> Rows:
         if not (out / "report.html").exists():
             shutil.rmtree(out, ignore_errors=True)
-            words = ["merge", str(run.path), *shlex.split(arguments), "--out", str(out), "--quiet"]
+            words = ["merge", str(run.path), *flags, method, "--out", str(out), "--quiet"]
             subprocess.run([sys.executable, "-m", "fedmerge", *words], check=True, env=ENVIRONMENT)
-        return Run.open(out)
+        return rows_of(Run.open(out))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda item: job(item[0], *item[1]), jobs.items()))
+    with ThreadPoolExecutor(CORES) as pool:
+        started = []
+        for out, (run, arguments) in jobs.items():
+            *flags, methods = shlex.split(arguments)
+            started.append([pool.submit(one, out / file_name(name), run, flags, name) for name in methods.split(",")])
+        return [{name: row for each in of_job for name, row in each.result().items()} for of_job in started]
 
 
 def table(columns: Mapping[str, Rows], methods: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Claim: with 100 or 1,000 labels on the server, NP Merge is ahead of every control that ends in one model.
 
-    python experiments/labelled.py                  # Fashion-MNIST, 5 clients, four partitions, 3 seeds; hours
+    python experiments/labelled.py                  # Fashion-MNIST, 5 clients, four partitions, 5 seeds; hours
     python experiments/labelled.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 The server owns these labelled images and nothing else; all methods learn from the same ones. The clients start from
@@ -47,15 +47,16 @@ def labelled(size: str, out: Path) -> None:
         run = compare(SMOKE, out / "labelled-clients")
         ours = f"{OURS}:steps=40:lrs=0.01"
         [merged] = merge({out / "labelled": (run, f"--server-limit 60 --server-labels 60 --methods {ours}")})
-        accuracy = mean_of(rows_of(merged), ours)
+        accuracy = mean_of(merged, ours)
         assert accuracy > mean_of(rows_of(run), "fedavg")
         holds("60 labels, above fedavg", [(ours, accuracy)])
         return
-    runs = {name: clients(name, "independent", out) for name in PARTITIONS}
+    runs = dict(zip(PARTITIONS, clients([(name, "independent") for name in PARTITIONS], out), strict=True))
     content: dict[str, dict[str, Any]] = {"accuracy": {}, "tables": {}, "goals": {}}
+    cells = [(labels, run) for labels in BUDGETS for run in runs.values()]
+    again = iter(merge({out / f"labelled-{labels}-{run.path.name}": (run, arguments(labels)) for labels, run in cells}))
     for labels in BUDGETS:
-        again = merge({out / f"labelled-{labels}" / run.path.name: (run, arguments(labels)) for run in runs.values()})
-        found = {name: rows_of(run) for name, run in zip(runs, again, strict=True)}
+        found = {name: next(again) for name in runs}
         ahead = {control: advantage(found.values(), OURS, control) for control in CONTROLS}
         nearest = min(CONTROLS, key=lambda control: ahead[control].mean)
         assert ahead[nearest].mean > 0, f"{nearest} is above {OURS}: {points(ahead[nearest])}"

@@ -1,6 +1,6 @@
 """Claim: a joint NP Merge stands more clients than successive pairs do, in a fraction of their time.
 
-    python experiments/many_clients.py                  # Fashion-MNIST, LeNet-5, 2 to 50 clients, 3 seeds
+    python experiments/many_clients.py                  # Fashion-MNIST, LeNet-5, 2 to 50 clients, 5 seeds
     python experiments/many_clients.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 The same 20,000 images are divided among more and more clients by Dirichlet(0.3); the server has 1,000 labelled images.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, holds, main, mean_of, rows_of, table, write
+from _run import accuracies, compare, compare_all, holds, main, mean_of, rows_of, table, write
 
 from fedmerge.tables import duration
 
@@ -26,7 +26,7 @@ def command(count: int) -> str:
     """Return the command of so many clients."""
     return (
         f"fedmerge compare --data fashion-mnist --model lenet5 --clients {count} --client-examples 20000 "
-        "--partition dirichlet --alpha 0.3 --init independent --server-examples 1000 --seeds 0,1,2 "
+        "--partition dirichlet --alpha 0.3 --init independent --server-examples 1000 --seeds 0,1,2,3,4 "
         f"--methods {','.join(METHODS)}"
     )
 
@@ -45,7 +45,8 @@ def many_clients(size: str, out: Path) -> None:
         assert (rows[names[1]].seconds or 0) < (rows[names[0]].seconds or 0)
         holds("joint takes less time", [(name, mean_of(rows, name)) for name in names])
         return
-    runs = {count: compare(command(count), out / f"clients-{count}") for count in COUNTS}
+    of_all = compare_all({out / f"many-clients-{count}": command(count) for count in COUNTS})
+    runs = dict(zip(COUNTS, of_all, strict=True))
     found = {f"{count} clients": rows_of(run) for count, run in runs.items()}
     most = found[f"{COUNTS[-1]} clients"]
     for pairs in PAIRS:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from _run import Rows, compare, holds, main, mean_of, merge, rows_of, write
+from _run import Rows, compare, compare_all, holds, main, mean_of, merge, rows_of, write
 
 from fedmerge.catalogue import needs
 from fedmerge.tables import NOTHING, duration, percent
@@ -68,9 +68,10 @@ def methods(size: str, out: Path) -> None:
     if size == "smoke":
         check(rows_of(compare(SMOKE, out / "methods-smoke")), {})
         return
-    many = {init: compare(command(init), out / f"methods-{init}-{MANY}") for init in INITS}
+    of_many = compare_all({out / f"methods-{init}-{MANY}": command(init) for init in INITS})
+    many = dict(zip(INITS, of_many, strict=True))
     few = merge({out / f"methods-{init}-{FEW}": (run, AGAIN) for init, run in many.items()})
-    found = {init: (rows_of(many[init]), rows_of(run)) for init, run in zip(INITS, few, strict=True)}
+    found = {init: (rows_of(many[init]), rows) for init, rows in zip(INITS, few, strict=True)}
     for rows in found.values():
         check(*rows)
     content = {

@@ -1,6 +1,6 @@
 """Claim: the less alike the clients' data, the more a learned merge without a label is above FedAvg.
 
-    python experiments/noniid.py                    # Fashion-MNIST, LeNet-5, seven partitions, two starts, 3 seeds
+    python experiments/noniid.py                    # Fashion-MNIST, LeNet-5, seven partitions, two starts, 5 seeds
     python experiments/noniid.py --size smoke       # digits, 1 seed, a minute; what CI runs
 
 The server owns 1,000 images and no class of any. `fedmerge report` on the folder (--out) draws accuracy against the
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, holds, main, mean_of, rows_of, table, write
+from _run import accuracies, compare, compare_all, holds, main, mean_of, rows_of, table, write
 
 PARTITIONS = {
     **{f"{alpha:g}": f"--partition dirichlet --alpha {alpha:g}" for alpha in (0.05, 0.1, 0.3, 0.5, 1)},
@@ -32,7 +32,7 @@ def command(partition: str, init: str) -> str:
     """
     return (
         "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 "
-        f"{PARTITIONS[partition]} --init {init} --server-examples 1000 --server-labels 0 --seeds 0,1,2 "
+        f"{PARTITIONS[partition]} --init {init} --server-examples 1000 --server-labels 0 --seeds 0,1,2,3,4 "
         f"--methods {','.join(METHODS)}"
     )
 
@@ -52,7 +52,9 @@ def noniid(size: str, out: Path) -> None:
         assert gain > 0
         holds("without a label, above FedAvg by", [(ours, gain)])
         return
-    runs = {(name, init): compare(command(name, init), out / f"{name}-{init}") for init in INITS for name in PARTITIONS}
+    cells = [(name, init) for init in INITS for name in PARTITIONS]
+    of_all = compare_all({out / f"noniid-{name}-{init}": command(name, init) for name, init in cells})
+    runs = dict(zip(cells, of_all, strict=True))
     found = {f"{name}, {init}": rows_of(run) for (name, init), run in runs.items()}
     for init in INITS:
         gains = {

@@ -18,7 +18,7 @@ from _run import Rows, accuracies, compare, holds, main, mean_of, merge, rows_of
 
 CLIENTS = (
     "fedmerge compare --data fashion-mnist --model lenet:lenet --clients 5 --partition dirichlet-equal --alpha 0.1 "
-    "--init shared --local-epochs 30 --server-examples 2000 --server-labels 0 --client-statistics fisher "
+    "--init shared --local-epochs 30 --lr 0.02 --server-examples 2000 --server-labels 0 --client-statistics fisher "
     "--seeds 0,1,2 --methods fedavg,mean-head,ensemble,ensemble-geometric"
 )
 SMOKE = (
@@ -57,14 +57,14 @@ def published(size: str, out: Path) -> None:
                 out / "published-labels": (run, "--server-labels 200 --methods fedfisher"),
             }
         )
-        check({**rows_of(run), **rows_of(merged)}, ours, "fedavg")
-        mean_of(rows_of(told), "fedfisher")
+        check({**rows_of(run), **merged}, ours, "fedavg")
+        mean_of(told, "fedfisher")
         return
     run = compare(CLIENTS, out / "clients-lenet")
     words = {name: f"{flags} --methods {','.join(methods)}" for name, (flags, methods) in BUDGETS.items()}
     again = merge({out / f"published-{place}": (run, arguments) for place, arguments in enumerate(words.values())})
     plain = rows_of(run)
-    found = {"no data": plain} | {name: rows_of(merged) for name, merged in zip(words, again, strict=True)}
+    found = {"no data": plain} | dict(zip(words, again, strict=True))
     for name in ("500 images", "2,000 images"):
         check({**plain, **found[name]}, OURS, "fedavg")
         check({**found[name], **found["500 labels"]}, OURS, "fedfisher")

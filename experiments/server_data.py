@@ -1,6 +1,6 @@
 """Claim: the fewer images and labels the server has, the more the clients' opinions of them are worth.
 
-    python experiments/server_data.py               # Fashion-MNIST, LeNet-5, Dirichlet(0.1), 3 seeds
+    python experiments/server_data.py               # Fashion-MNIST, LeNet-5, Dirichlet(0.1), 5 seeds
     python experiments/server_data.py --size smoke  # digits, 1 seed, a minute; what CI runs
 
 The same clients, from initialisations of their own, are merged with 200 to 5,000 images without labels, with 10 to
@@ -16,7 +16,8 @@ from _run import accuracies, compare, holds, main, mean_of, merge, rows_of, tabl
 
 CLIENTS = (
     "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 --partition dirichlet "
-    "--alpha 0.1 --init independent --server-examples 5000 --server-labels 0 --seeds 0,1,2 --methods fedavg,ensemble"
+    "--alpha 0.1 --init independent --server-examples 5000 --server-labels 0 --seeds 0,1,2,3,4 "
+    "--methods fedavg,ensemble"
 )
 SMOKE = "fedmerge compare --server-examples 300 --server-labels 0 --methods fedavg"
 
@@ -54,13 +55,13 @@ def server_data(size: str, out: Path) -> None:
         run = compare(SMOKE, out / "server-data-clients")
         names = ("server-only:steps=60:lrs=0.01", "activations+np-semi:steps=60:lrs=0.01")
         [few] = merge({out / "few": (run, f"--server-limit 40 --server-labels 40 --methods {','.join(names)}")})
-        accuracy = {name: mean_of(rows_of(few), name) for name in names}
+        accuracy = {name: mean_of(few, name) for name in names}
         assert accuracy[names[1]] > accuracy[names[0]]
         holds("with 40 labels, above training on them", accuracy.items())
         return
-    run = compare(CLIENTS, out / "clients")
+    run = compare(CLIENTS, out / "server-data-clients")
     again = merge({out / name.replace(", ", "-").replace(" ", "-"): (run, arguments(name)) for name in CELLS})
-    found = {name: rows_of(merged) for name, merged in zip(CELLS, again, strict=True)}
+    found = dict(zip(CELLS, again, strict=True))
     gains = {
         name: mean_of(found[name], SEMI[-1]) - mean_of(found[name], "server-only")
         for name in (f"{count:,} labels" for count in LABELLED)

@@ -42,13 +42,13 @@ def unlabelled(size: str, out: Path) -> None:
         run = compare(SMOKE, out / "unlabelled-clients")
         ours = f"{OURS['independent']}:steps=60:lrs=0.01"
         [merged] = merge({out / "unlabelled": (run, f"--methods {ours}")})
-        check("smoke", {**rows_of(run), **rows_of(merged)}, ours, ("fedavg",))
+        check("smoke", {**rows_of(run), **merged}, ours, ("fedavg",))
         return
-    runs = {init: clients(PARTITION, init, out) for init in OURS}
+    runs = dict(zip(OURS, clients([(PARTITION, init) for init in OURS], out), strict=True))
     jobs = {out / f"unlabelled-{init}": (run, again(METHODS)) for init, run in runs.items()}
     *aligned, plain = merge({**jobs, out / "unlabelled-shared-as-they-are": (runs["shared"], again(["np-distill"]))})
-    found = {init: {**rows_of(run), **rows_of(new)} for (init, run), new in zip(runs.items(), aligned, strict=True)}
-    found["shared"] |= rows_of(plain)
+    found = {init: {**rows_of(run), **new} for (init, run), new in zip(runs.items(), aligned, strict=True)}
+    found["shared"] |= plain
     for init, rows in found.items():
         check(init, rows, OURS[init], ("fedavg", "feddf", "fresh-distill"))
     content = {
