@@ -1,6 +1,6 @@
 """Claim: in FedFisher's setting, one model merged without a label is above what FedFisher makes of 500 labels.
 
-    python experiments/published.py                 # Fashion-MNIST, FedFisher's LeNet, 3 seeds; half an hour
+    python experiments/published.py                 # Fashion-MNIST, FedFisher's LeNet, 5 seeds; an hour
     python experiments/published.py --size smoke    # digits, 1 seed, a minute; what CI runs
 
 The setting of FedFisher (arXiv 2403.12329) on Fashion-MNIST: 5 clients, class mixes ~ Dirichlet(0.1), 30 local epochs
@@ -19,7 +19,7 @@ from _run import Rows, accuracies, compare, holds, main, mean_of, merge, rows_of
 CLIENTS = (
     "fedmerge compare --data fashion-mnist --model lenet:lenet --clients 5 --partition dirichlet-equal --alpha 0.1 "
     "--init shared --local-epochs 30 --lr 0.02 --server-examples 2000 --server-labels 0 --client-statistics fisher "
-    "--seeds 0,1,2 --methods fedavg,mean-head,ensemble,ensemble-geometric"
+    "--seeds 0,1,2,3,4 --methods fedavg,mean-head,ensemble,ensemble-geometric"
 )
 SMOKE = (
     "fedmerge compare --partition dirichlet-equal --alpha 0.3 --init shared --server-examples 200 --server-labels 0 "
