@@ -90,12 +90,13 @@ def interleaved(
     return {name: Timing(tuple(cpu[name]), tuple(wall[name])) for name in variants}
 
 
-def main(description: str | None, benchmark: Callable[[bool], Sequence[Row]]) -> None:
+def main(description: str | None, benchmark: Callable[[bool], Sequence[Row]], *, device: str = "one thread") -> None:
     """Run a benchmark from the command line, print its table, and keep it in results/NAME.json unless it is quick.
 
     Args:
         description: the script's docstring.
         benchmark: returns the rows; called with whether to be quick, which only shows that it runs.
+        device: what it runs on, beside the processor's name.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, and writes nothing")
@@ -106,7 +107,7 @@ def main(description: str | None, benchmark: Callable[[bool], Sequence[Row]]) ->
     found = {
         "command": f"python benchmarks/{name}.py",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, one thread",
+        "machine": f"{_processor()}, {device}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "rows": rows,
     }

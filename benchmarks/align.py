@@ -46,13 +46,15 @@ def benchmark(quick: bool) -> list[Row]:
     return rows
 
 
-def of_model(name: str, shape: tuple[int, int, int], images: int) -> dict[str, Callable[[], object]]:
+def of_model(
+    name: str, shape: tuple[int, int, int], images: int, device: str = "cpu"
+) -> dict[str, Callable[[], object]]:
     """Return what is timed of an architecture."""
-    model = create(name, shape=shape, num_classes=10, seed=0)
+    model = create(name, shape=shape, num_classes=10, seed=0).to(device)
     chance = torch.Generator().manual_seed(0)
-    examples = Examples(torch.randn(images, *shape, generator=chance), torch.arange(images) % 10)
+    examples = Examples(torch.randn(images, *shape, generator=chance), torch.arange(images) % 10).to(device)
     problem = Problem(model, laid_out(model, examples))
-    states = [create(name, shape=shape, num_classes=10, seed=seed).state_dict() for seed in (0, 1)]
+    states = [create(name, shape=shape, num_classes=10, seed=seed).to(device).state_dict() for seed in (0, 1)]
     updates = [Update(state, 100, client) for client, state in enumerate(states)]
     problem.spaces  # noqa: B018 - found once, before
 

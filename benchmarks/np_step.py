@@ -30,15 +30,18 @@ Variants = dict[str, Callable[[], object]]
 FLOOR, COMPILED = "plain, foreach Adam", "plain, fused Adam"
 
 
-def of_model(name: str, shape: tuple[int, int, int]) -> Variants:
+def of_model(name: str, shape: tuple[int, int, int], device: str = "cpu") -> Variants:
     """Return the steps of one architecture, by name."""
-    model = create(name, shape=shape, num_classes=10, seed=0).train()
+    model = create(name, shape=shape, num_classes=10, seed=0).to(device).train()
     chance = torch.Generator().manual_seed(0)
-    batch = Examples(torch.randn(32, *shape, generator=chance), torch.randint(10, (32,), generator=chance))
+    batch = Examples(torch.randn(32, *shape, generator=chance), torch.randint(10, (32,), generator=chance)).to(device)
     problem = Problem(model, batch)
     parameters, buffers = split_state(problem, {name: tensor.clone() for name, tensor in model.state_dict().items()})
     models = [
-        {name: tensor + 0.01 * torch.randn(tensor.shape, generator=chance) for name, tensor in parameters.items()}
+        {
+            name: tensor + 0.01 * torch.randn(tensor.shape, generator=chance).to(device)
+            for name, tensor in parameters.items()
+        }
         for _ in range(10)
     ]
 

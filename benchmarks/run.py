@@ -3,6 +3,8 @@
 python benchmarks/run.py            # hours of a quiet machine's time are not needed: about half an hour
 python benchmarks/run.py --quick    # toy sizes, in a minute: shows that each runs, and writes nothing
 python benchmarks/run.py --tables   # only writes README.md again, from results/*.json
+
+Where there is no GPU, gpu.py is left out, and its last table stays.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import json
 import subprocess
 import sys
 
+import torch
 from _measure import HERE, RESULTS, table
 
-BENCHMARKS = ("np_step", "memory", "align", "rounds")
+BENCHMARKS = ("np_step", "memory", "align", "rounds", "gpu")
 MARK = "<!-- table: {} -->"
+UNMEASURED = "Unmeasured: the command has not run yet."
 
 
 def with_tables(text: str) -> str:
@@ -27,8 +31,9 @@ def with_tables(text: str) -> str:
     for name in BENCHMARKS:
         mark = MARK.format(name)
         before, _, after = text.split(mark)
-        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        text = f"{before}{mark}\n{table(found)}\n{mark}{after}"
+        result = RESULTS / f"{name}.json"
+        shown = table(json.loads(result.read_text(encoding="utf-8"))) if result.exists() else UNMEASURED
+        text = f"{before}{mark}\n{shown}\n{mark}{after}"
     return text
 
 
@@ -40,6 +45,9 @@ def run() -> None:
     only.add_argument("--tables", action="store_true", help="write README.md again, measure nothing")
     arguments = parser.parse_args()
     for name in () if arguments.tables else BENCHMARKS:
+        if name == "gpu" and not (arguments.quick or torch.cuda.is_available()):
+            print("gpu.py is left out: there is no GPU here")
+            continue
         flags = ["--quick"] if arguments.quick else []
         subprocess.run([sys.executable, str(HERE / f"{name}.py"), *flags], check=True)
     if not arguments.quick:

@@ -17,7 +17,7 @@ from fedmerge.actorside import Failure
 from fedmerge.catalogue import parse_method
 from fedmerge.config import Config
 from fedmerge.federation import Federation
-from fedmerge.machine import choose_device, num_threads
+from fedmerge.machine import choose_device, reproducible
 from fedmerge.merge.shares import describe_shares, is_mixture
 from fedmerge.mixed import is_mixed, merge_federation
 from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare, screens
@@ -191,7 +191,7 @@ class Bench:
         align, merge = parse_method(method)
         state = self.problem.model.state_dict()
         try:
-            with num_threads(self.config.threads):
+            with reproducible(self.config.threads):
                 lines = results.measured_with_steps(
                     method=method,
                     seed=self.config.seed,

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from fedmerge.memory import require
 from fedmerge.problem import Problem, Update
-from fedmerge.state import conform
+from fedmerge.state import StateDict, conform, num_bytes
 
 
 def conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
@@ -25,6 +28,9 @@ def conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
     device = problem.data.images.device
     ordered = sorted(updates, key=lambda update: update.partition_id)
     expected = {name: problem.architecture(name).state_dict() for name in {update.model for update in ordered}}
+    if device.type == "cuda":
+        size = sum(num_bytes(update.state) for update in ordered if not _is_on(device, update.state))
+        require(size, f"{len(ordered)} clients' models", "merge on the CPU (--device cpu), or fewer clients", device)
     states = [
         {name: tensor.to(device) for name, tensor in conform(update.state, expected[update.model]).items()}
         for update in ordered
@@ -40,3 +46,7 @@ def conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
         replace(update, state=state, statistics=told)
         for update, state, told in zip(ordered, states, statistics, strict=True)
     ]
+
+
+def _is_on(device: torch.device, state: StateDict) -> bool:
+    return all(tensor.device == device for tensor in state.values())

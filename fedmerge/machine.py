@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from fedmerge.settings import ConfigurationError
+
+WORKSPACE = ":4096:8"
+"""cuBLAS's scratch memory, fixed in size, without which its products are not the same again."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,7 +49,29 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def reproducible() -> Iterator[None]:
-    """Compute with one CPU thread and, on CUDA, with cuDNN's deterministic algorithms."""
-    with num_threads(1), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+def reproducible(threads: int = 1) -> Iterator[None]:
+    """Compute so that the same seed gives the same bits again, on CPUs and on CUDA.
+
+    On CUDA torch takes deterministic algorithms where it has them, and warns of an operation that has none. The
+    precision of products (TF32) is torch's own setting, and stays as it is.
+
+    Args:
+        threads: CPU threads (0: as many as there are cores).
+    """
+    with num_threads(threads), _deterministic() if torch.cuda.is_available() else nullcontext():
         yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    setting: Any = torch.utils.deterministic
+    filled = setting.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setting.fill_uninitialized_memory = False  # it costs, and nothing here reads what it did not write
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        setting.fill_uninitialized_memory = filled

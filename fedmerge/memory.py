@@ -1,7 +1,8 @@
 """Memory of a merge: what it takes is measured, and what it cannot have is refused before it is begun.
 
-Only anonymous memory counts (RssAnon): models that are mapped from files are not in it, since the system can let go of
-their pages. Where the system does not tell (it does on Linux), nothing is measured or refused.
+On a GPU it is the device's memory, as torch holds it. On CPUs only anonymous memory counts (RssAnon): models that are
+mapped from files are not in it, since the system can let go of their pages. Where the system does not tell (it does on
+Linux), nothing is measured or refused.
 """
 
 from __future__ import annotations
@@ -9,14 +10,21 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import torch
+
 from fedmerge.errors import FedmergeError
-from fedmerge.state import StateDict, num_bytes
 
 STATUS = Path("/proc/self/status")
 SYSTEM = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 INTERVAL = 0.02
 """Seconds between two measurements."""
+
+CPU = torch.device("cpu")
+ADVICE = (
+    "merge on a larger machine, or by coefficients of whole channels (np:groups=channel), not aligned; where a GPU is "
+    "too small, on the CPU (--device cpu)"
+)
 
 
 class TooLarge(FedmergeError, RuntimeError):
@@ -28,8 +36,15 @@ def anonymous() -> int | None:
     return _entry(STATUS, "RssAnon")
 
 
-def available() -> int | None:
-    """Return how many bytes this process can still have; None where it is not told."""
+def available(device: torch.device = CPU) -> int | None:
+    """Return how many bytes this process can still have; None where it is not told.
+
+    Args:
+        device: whose memory: a GPU's, or that of the system for any other.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = _entry(SYSTEM, "MemAvailable")
     try:
         limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -38,44 +53,56 @@ def available() -> int | None:
     return limit - used if free is None else min(free, limit - used)
 
 
-def require(needed: int, purpose: str, advice: str) -> None:
+def require(needed: int, purpose: str, advice: str, device: torch.device = CPU) -> None:
     """Raise unless as much memory is available.
 
     Args:
         needed: bytes.
         purpose: what for, with the numbers that make it up.
         advice: what to do if there is not as much.
+        device: where.
 
     Raises:
         TooLarge: says what is needed, and what there is.
     """
-    free = available()
+    free = available(device)
     if free is not None and needed > free:
+        where = f" on {device}" if device.type == "cuda" else ""
         raise TooLarge(
-            f"{purpose} needs at least {_gigabytes(needed)} of memory, and {_gigabytes(free)} are available: {advice}"
+            f"{purpose} needs at least {_gigabytes(needed)} of memory{where}, and {_gigabytes(free)} are available: "
+            f"{advice}"
         )
 
 
 class Peak:
-    """The growth of this process's anonymous memory inside a block, at its highest.
+    """The growth of memory inside a block, at its highest: a GPU's tensors, or this process's anonymous memory.
+
+    Args:
+        device: whose memory.
 
     Attributes:
         bytes: the growth; None where it is not told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         self.bytes: int | None = None
+        self._device = device
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Peak:
-        self._before = anonymous()
-        if self._before is not None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else anonymous()
+        if self._before is not None and self._device.type != "cuda":
             self.bytes = 0
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - (self._before or 0)
+            return
         self._done.set()
         if self._before is not None:
             self._thread.join()
@@ -91,22 +118,20 @@ class Peak:
             self.bytes = max(self.bytes or 0, now - self._before)
 
 
-def foreseen(model: StateDict, states: int, purpose: str) -> Peak:
+def foreseen(size: int, states: int, purpose: str, device: torch.device = CPU) -> Peak:
     """Return what measures a piece of work, or refuse it.
 
     Args:
-        model: what it works on; only on CPUs is anything refused.
+        size: bytes of the model that it works on.
         states: how many states of the model's size it holds, at least.
         purpose: what it is.
+        device: where the states are held.
 
     Raises:
         TooLarge: if there is not as much memory.
     """
-    size = num_bytes(model)
-    if all(tensor.device.type == "cpu" for tensor in model.values()):
-        advice = "merge on a larger machine, or by coefficients of whole channels (np:groups=channel), not aligned"
-        require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", advice)
-    return Peak()
+    require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", ADVICE, device)
+    return Peak(device)
 
 
 def _entry(path: Path, name: str) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
 from fedmerge.conforming import conformed
-from fedmerge.memory import foreseen
+from fedmerge.memory import Peak, foreseen
 from fedmerge.merge.best import best_client
 from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
@@ -20,7 +20,7 @@ from fedmerge.screening import Screening
 from fedmerge.screening import screen as screen_clients
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError, known
-from fedmerge.state import StateDict
+from fedmerge.state import StateDict, num_bytes
 from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
         reference, losses = best_client(problem, ordered)
         diagnostics["reference"] = ordered[reference].partition_id
     copies = 0 if align == "identity" else len(states)
-    with foreseen(problem.model.state_dict(), copies, f"an alignment of {copies} models") as peak:
+    with _foreseen(problem, copies, f"an alignment of {copies} models") as peak:
         found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
     if getattr(aligner, "parts", False):  # parts of a mean, which no label counts can weigh
@@ -258,7 +258,7 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
     merger = resolve("merger", merge, MERGERS)
     count = len(alignment.updates)
     held = getattr(merger, "held", None)
-    with foreseen(problem.model.state_dict(), held(count) if held else 1, f"'{merge}' of {count} models") as peak:
+    with _foreseen(problem, held(count) if held else 1, f"'{merge}' of {count} models") as peak:
         found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
     seconds = alignment.seconds + time.perf_counter() - started
     logger.info("merged %d models by '%s' in %.1f s", len(alignment.updates), merge, seconds)
@@ -276,6 +276,10 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
         seconds,
         peak_bytes=None if peak.bytes is None else max(peak.bytes, alignment.peak_bytes or 0),
     )
+
+
+def _foreseen(problem: Problem, states: int, purpose: str) -> Peak:
+    return foreseen(num_bytes(problem.model.state_dict()), states, purpose, problem.data.images.device)
 
 
 def _following(problem: Problem, update: Update, found: Aligned, place: int) -> Mapping[str, StateDict]:

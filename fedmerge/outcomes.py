@@ -24,8 +24,9 @@ class Outcome:
         steps: of a merge that has several, in their order (`fedmerge.mixed`).
         families: of clients whose architectures differ, with their merged models.
         note: what a reader must know of it, in a few words.
-        peak_bytes: growth of this process's anonymous memory in alignment and merge, at its highest, above what it had
-            when each began, of the greatest of several steps; None where the system does not tell.
+        peak_bytes: growth of memory in alignment and merge, at its highest, above what there was when each began, of
+            the greatest of several steps: of a GPU's where they ran on one, else of this process's anonymous memory;
+            None where the system does not tell.
     """
 
     merged: Merged

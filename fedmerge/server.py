@@ -20,7 +20,7 @@ from fedmerge.anchor import trained_anchor
 from fedmerge.catalogue import method_name
 from fedmerge.config import Config
 from fedmerge.federation import Federation
-from fedmerge.machine import num_threads
+from fedmerge.machine import reproducible
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of
@@ -69,7 +69,7 @@ def serve(
         Flower's result, with the merged models' accuracy and loss by round.
     """
     oneshot.check_needs(config.merge, labels=config.num_server_labels > 0, label_counts=config.label_counts)
-    with num_threads(config.threads):
+    with reproducible(config.threads):
         session = _Session.start(grid, config, run, load, recall, progress, pause, clients_of, answers)
         session.strategy.on_round = session.measure
         return session.strategy.start(
@@ -139,7 +139,7 @@ class _Session:
         """What the first round sends, if it sends a model: the shared start, or an anchor."""
         state = self.model.state_dict()
         if self.strategy.anchor:
-            with num_threads(1):
+            with reproducible(1):
                 state = trained_anchor(self.model, self.federation.server, seed=self.config.seed)
         return arrays_from_state(state)
 

@@ -13,7 +13,7 @@ from problems import problem_of, trained
 
 from fedmerge import memory
 from fedmerge.catalogue import MERGERS, resolve
-from fedmerge.memory import Peak, TooLarge, anonymous, available, require
+from fedmerge.memory import Peak, TooLarge, anonymous, available, foreseen, require
 from fedmerge.oneshot import merge_updates
 from fedmerge.updatefiles import read_update, update_to_bytes
 
@@ -114,3 +114,19 @@ def test_what_is_held_grows_with_the_models_only_where_it_must(name: str) -> Non
     merger = resolve("merger", name, MERGERS)
     grows = merger.held(10) > merger.held(5)
     assert grows is (name not in ("np", "np-pairwise"))
+
+
+def test_a_gpus_memory_is_what_is_free_there_and_what_torch_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    told = {"mem_get_info": (5_000_000_000, 80_000_000_000), "memory_reserved": 3_000_000_000}
+    told |= {"memory_allocated": 1_000_000_000, "max_memory_allocated": 1_500_000_000, "reset_peak_memory_stats": None}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
+    assert available(device) == 7_000_000_000
+    with foreseen(1_000_000_000, 7, "'np'", device) as peak:
+        pass
+    assert peak.bytes == 500_000_000
+    with pytest.raises(
+        TooLarge, match=r"needs at least 8\.00 GB of memory on cuda:0, and 7\.00 GB are available: .*CPU"
+    ):
+        foreseen(1_000_000_000, 8, "'np'", device)
