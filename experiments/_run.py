@@ -43,15 +43,24 @@ def main(description: str | None, experiment: Callable[[str, Path], None]) -> No
         experiment: called with the size, "full" or "smoke", and the folder for runs; those that are there are gone
             on with.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("full", "smoke"), default="full")
-    parser.add_argument("--out", type=Path, help="folder for runs; those that are there already are gone on with")
-    arguments = parser.parse_args()
+    arguments = parser(description).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         experiment(arguments.size, arguments.out or Path(temporary))
 
 
-def compare(command: str, out: Path) -> Run:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the flags that all experiments have.
+
+    Args:
+        description: the script's docstring.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--size", choices=("full", "smoke"), default="full")
+    made.add_argument("--out", type=Path, help="folder for runs; those that are there already are gone on with")
+    return made
+
+
+def compare(command: str, out: Path, also: str = "") -> Run:
     """Run `fedmerge compare …` (or simulate) into a run folder, or finish the run that is there.
 
     Where there is a GPU, clients share it.
@@ -59,6 +68,7 @@ def compare(command: str, out: Path) -> Run:
     Args:
         command: as a user would type it, without --out.
         out: the run folder.
+        machine: further flags, of what changes no number.
     """
     words = shlex.split(command)[1:]
     if (out / "config.json").exists():

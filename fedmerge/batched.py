@@ -7,7 +7,6 @@ Clients that have done their steps leave the stack; a short batch is filled up w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch.nn import functional
 
 from fedmerge.problem import Examples
 from fedmerge.seeds import fork
-from fedmerge.sgd import Diverged, LocalTraining, batches, diverged
+from fedmerge.sgd import Diverged, LocalTraining, batches, diverged, share_of_rate
 from fedmerge.state import StateDict
 
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -138,16 +137,13 @@ class _Group:
         gradients = torch.autograd.grad(each.sum(), list(moved.values()))
         self._totals[:active] += each.detach()
         with torch.no_grad():
-            rates = torch.tensor(
-                [self._rate(step, steps) for steps in self._steps[:active]], dtype=torch.float64, device=shares.device
-            )
+            members = zip(self._trainings[:active], self._steps, strict=False)
+            each_rate = [member.recipe.lr * share_of_rate(member.recipe, step, steps) for member, steps in members]
+            rates = torch.tensor(each_rate, dtype=torch.float64, device=shares.device)
             for (name, weights), gradient in zip(moved.items(), gradients, strict=True):
                 drawn = self._accelerated(name, self._with_penalties(name, weights, gradient))
                 rate = rates.to(weights.dtype).view(-1, *[1] * (weights.ndim - 1))
                 weights.addcmul_(drawn, rate, value=-1)
-
-    def _rate(self, step: int, steps: int) -> float:
-        return self._recipe.lr * (0.5 * (1 + math.cos(math.pi * step / steps)))
 
     def _with_penalties(self, name: str, weights: Tensor, gradient: Tensor) -> Tensor:
         if self._recipe.proximal_mu:

@@ -27,6 +27,7 @@ else:
 INITIALISATIONS = ("independent", "shared")
 SPLITS = ("test", "development")
 UPLOAD_DTYPES = ("float32", "float16")
+SCHEDULES = ("cosine", "linear")
 
 
 def _option(default: Value, text: str) -> Any:
@@ -59,7 +60,9 @@ class Config:
         "10", "passes over its data that a client trains: N, or LOW..HIGH drawn for each client"
     )
     batch_size: int = _option(32, "images in a batch, at the clients and at the server")
-    lr: float = _option(0.05, "the clients' learning rate (SGD, cosine decay to 0)")
+    lr: float = _option(0.05, "the clients' highest learning rate (SGD, decay to 0)")
+    lr_schedule: str = _option("cosine", "how the clients' learning rate decays to 0 in a round: cosine or linear")
+    warmup_epochs: int = _option(0, "epochs in which the clients' learning rate first rises linearly")
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
     proximal_mu: float = _option(0.0, "FedProx: pull of the clients' weights toward the round's start, at least 0")
@@ -117,6 +120,7 @@ class Config:
             ("init", INITIALISATIONS),
             ("split", SPLITS),
             ("upload_dtype", UPLOAD_DTYPES),
+            ("lr_schedule", SCHEDULES),
             ("screen", SCREENS),
         ):
             known(flag(name), getattr(self, name), allowed)
@@ -173,6 +177,7 @@ class Config:
             )
         low, high = self.epochs_range
         self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
+        self._require("warmup_epochs", 0 <= self.warmup_epochs < low, f"at least 0 and below --local-epochs ({low})")
 
     def _check_privacy(self) -> None:
         """Refuse what would leave the clients without the privacy that they are to have."""

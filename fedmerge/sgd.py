@@ -18,15 +18,17 @@ class Diverged(FedmergeError, ArithmeticError):
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """A client's local training: SGD with momentum and a cosine decay of the learning rate to 0.
+    """A client's local training: SGD with momentum and a learning rate that decays to 0, after a warm-up or without.
 
     Attributes:
         epochs: passes over the client's examples.
         batch_size: examples a step; the last batch of an epoch may be smaller (never of size 1 where there is another).
-        lr: learning rate of the first step.
+        lr: the highest learning rate: of the first step, if there is no warm-up.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 penalty's factor.
         proximal_mu: μ of FedProx: the penalty μ/2 ‖θ − start‖² holds the weights near the start.
+        schedule: how the learning rate decays to 0: "cosine" (half a period) or "linear".
+        warmup_epochs: epochs in which the learning rate first rises linearly; a client of fewer never gets beyond.
     """
 
     epochs: int = 10
@@ -35,6 +37,36 @@ class LocalTraining:
     momentum: float = 0.9
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+
+
+def share_of_rate(recipe: LocalTraining, step: int, steps: int) -> float:
+    """Return which share of the highest learning rate a step has, more than 0.
+
+    With W steps of warm-up, step i < W has (i + 1) / (W + 1), and from step W on the share decays from 1 to 0.
+
+    Args:
+        recipe: the hyper-parameters.
+        step: from 0.
+        steps: of the whole training.
+
+    Raises:
+        ValueError: if there is no such schedule.
+
+    Example:
+        >>> recipe = LocalTraining(epochs=4, schedule="linear", warmup_epochs=1)
+        >>> [share_of_rate(recipe, step, 4) for step in range(4)]
+        [0.5, 1.0, 0.6666666666666667, 0.33333333333333337]
+    """
+    warmup = recipe.warmup_epochs * steps // recipe.epochs
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if recipe.schedule == "linear":
+        return 1 - (step - warmup) / (steps - warmup)
+    if recipe.schedule != "cosine":
+        raise ValueError(f"expected the schedule 'cosine' or 'linear', got '{recipe.schedule}'")
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
@@ -70,7 +102,7 @@ def diverged(loss: float, recipe: LocalTraining) -> Diverged:
 
 
 class Descent:
-    """SGD with momentum, weight decay, FedProx's pull and a cosine decay of the learning rate to 0.
+    """SGD with momentum, weight decay, FedProx's pull and the schedule of the learning rate.
 
     The numbers are those of `torch.optim.SGD` to the bit, without the cost of an optimizer object in each step.
 
@@ -103,7 +135,7 @@ class Descent:
             found = list(torch._foreach_add(found, moved, alpha=recipe.weight_decay))
         if recipe.momentum:
             found = self._accelerated(places, found)
-        rate = recipe.lr * (0.5 * (1 + math.cos(math.pi * self._done / self._steps)))
+        rate = recipe.lr * share_of_rate(recipe, self._done, self._steps)
         torch._foreach_add_(moved, found, alpha=-rate)
         self._done += 1
 

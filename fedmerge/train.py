@@ -92,24 +92,6 @@ def fit(
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
 
 
-def sgd(
-    model: nn.Module, recipe: LocalTraining, steps: int
-) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
-    """Return the optimizer of a local training and its schedule, a cosine decay over all steps.
-
-    Args:
-        model: of which what requires a gradient is trained.
-        recipe: the hyper-parameters.
-        steps: in all, at least 1.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    return optimizer, schedule
-
-
 def freeze(model: nn.Module, moving: Collection[str]) -> None:
     """Let nothing but the tensors of these names change in training."""
     for name, module in model.named_modules():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmerge.batched import Training, fit_many, stackable
+from fedmerge.config import SCHEDULES
 from fedmerge.models import create
 from fedmerge.problem import Examples
 from fedmerge.seeds import default_generator, generator
@@ -80,6 +81,8 @@ def assert_equal_to_rounding(
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     proximal_mu=st.sampled_from([0.0, 0.7]),
+    schedule=st.sampled_from(SCHEDULES),
+    warmup=st.integers(0, 2),
     bias=st.booleans(),
 )
 def test_clients_of_any_sizes_train_together_as_alone(
@@ -89,9 +92,11 @@ def test_clients_of_any_sizes_train_together_as_alone(
     momentum: float,
     weight_decay: float,
     proximal_mu: float,
+    schedule: str,
+    warmup: int,
     bias: bool,
 ) -> None:
-    recipe = LocalTraining(epochs, batch_size, 0.1, momentum, weight_decay, proximal_mu)
+    recipe = LocalTraining(epochs, batch_size, 0.1, momentum, weight_decay, proximal_mu, schedule, warmup)
     assert_equal_to_rounding(chain(bias=bias), sizes, recipe)
 
 

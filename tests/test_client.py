@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,6 +124,13 @@ def test_clients_start_from_what_the_server_sent_if_initialisations_are_shared_o
     assert same(train(still, server_round=server_round).state, initial())
     with pytest.raises(ValueError, match=f"the server sent no weights to start round {server_round} from"):
         train_client(still, loaded(), 0, server_round, None)
+
+
+def test_a_client_trains_by_the_schedule_of_the_run() -> None:
+    plain = CONFIG.replace(local_epochs="2")
+    linear = plain.replace(lr_schedule="linear")
+    states = [train(config).state for config in (plain, linear, linear.replace(warmup_epochs=1))]
+    assert not any(same(first, second) for first, second in itertools.combinations(states, 2))
 
 
 def test_epochs_are_drawn_for_each_client_and_round_within_the_range(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmerge.catalogue import SCREENS
-from fedmerge.config import INITIALISATIONS, SPLITS, UPLOAD_DTYPES, Config, read_toml
+from fedmerge.config import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES, Config, read_toml
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 
@@ -26,6 +26,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "screen": st.sampled_from(SCREENS),
     "split": st.sampled_from(SPLITS),
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
+    "lr_schedule": st.sampled_from(SCHEDULES),
+    "warmup_epochs": st.just(0),  # fewer than the least that local_epochs draws
     "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),
     "local_epochs": COUNTS.map(str) | st.tuples(COUNTS, COUNTS).map(lambda pair: f"{min(pair)}..{max(pair)}"),
     "clients": st.integers(100, 10**4),
@@ -113,6 +115,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "local_epochs": ("0", "0..3", "3..2", "", "a", "1..", "..2", "1...3", "1-3", "-1", "2.5"),
     "batch_size": (0,),
     "lr": (0.0, -0.1, math.inf, math.nan),
+    "lr_schedule": ("step", ""),
+    "warmup_epochs": (-1, 10),
     "momentum": (1.0, -0.1, math.nan),
     "weight_decay": (-0.1, math.inf, math.nan),
     "rounds": (0,),
@@ -139,6 +143,7 @@ BOUNDARIES: dict[str, tuple[Any, ...]] = {
     "clients": (2,),  # no fewer than --min-completed
     "client_examples": (0,),
     "min_client_examples": (0,),
+    "warmup_epochs": (0, 9),
     "momentum": (0.0, 0.999),
     "weight_decay": (0.0,),
     "server_examples": (0,),

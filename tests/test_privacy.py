@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fedmerge.report import write_report
 from fedmerge.runs import Run
 from fedmerge.seeds import fork, generator
 from fedmerge.settings import ConfigurationError
+from fedmerge.sgd import share_of_rate
 from fedmerge.sitedata import ImageFormat
 from fedmerge.train import Diverged, LocalTraining
 from fedmerge.updatefiles import read_update, update_to_bytes
@@ -118,7 +120,7 @@ def loop(
             norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in trained.values()))
             for name, gradient in trained.items():
                 total[name] += gradient * min(1.0, clip / (norm + 1e-6))
-        lr = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        lr = recipe.lr * share_of_rate(recipe, step, steps)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if not moving or name in moving:
@@ -164,6 +166,12 @@ def test_without_noise_and_limit_it_is_sgd_on_the_same_batches(convolutional: bo
 def test_the_gradient_of_each_image_is_clipped_as_in_a_loop_over_images(convolutional: bool, clip: float) -> None:
     case = problem(convolutional)
     assert close(private(case, clip=clip), loop(case, RECIPE, clip))
+
+
+def test_the_learning_rate_follows_the_schedule_that_was_asked_for() -> None:
+    recipe = replace(RECIPE, schedule="linear", warmup_epochs=1)
+    assert close(private(problem(), recipe=recipe, clip=0.3), loop(problem(), recipe, 0.3))
+    assert not close(private(problem(), recipe=recipe, clip=0.3), private(problem(), recipe=RECIPE, clip=0.3))
 
 
 def test_batches_may_be_empty() -> None:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedmerge.config import SCHEDULES
 from fedmerge.errors import FedmergeError
 from fedmerge.models import create
 from fedmerge.problem import Examples
 from fedmerge.seeds import default_generator, fork, generator
+from fedmerge.sgd import share_of_rate
 from fedmerge.train import Diverged, Evaluation, LocalTraining, batches, evaluate, fit, laid_out, num_batches, predict
 
 
@@ -45,10 +47,18 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def share_by_hand(recipe: LocalTraining, epoch: float, step: float) -> float:
+    """The height at a time in epochs: a line from a step before the start up to 1, then half a cosine or a line."""
+    if epoch < recipe.warmup_epochs:
+        return (epoch + step) / (recipe.warmup_epochs + step)
+    done = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
+    return 1 - done if recipe.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
 def sgd_by_hand(
     state: dict[str, Tensor], examples: Examples, recipe: LocalTraining, sizes: Sequence[int], seed: int
 ) -> tuple[dict[str, Tensor], float]:
-    """Softmax regression: the gradient is (p − y) ⊗ x, the learning rate falls along half a cosine."""
+    """Softmax regression: the gradient is (p − y) ⊗ x, the learning rate rises and falls by the epoch."""
     weight, bias = state["weight"].clone(), state["bias"].clone()
     velocity, start = [torch.zeros_like(weight), torch.zeros_like(bias)], [weight.clone(), bias.clone()]
     stream = generator(seed)
@@ -63,7 +73,7 @@ def sgd_by_hand(
             shares = shares / shares.sum(1, keepdim=True)
             losses += (-shares[torch.arange(len(batch)), labels].log()).tolist()
             error = (shares - torch.eye(3, dtype=shares.dtype)[labels]) / len(batch)
-            lr = recipe.lr * (1 + math.cos(math.pi * step / (recipe.epochs * len(sizes)))) / 2
+            lr = recipe.lr * share_by_hand(recipe, step / len(sizes), 1 / len(sizes))
             for index, (value, gradient) in enumerate(((weight, error.T @ images), (bias, error.sum(0)))):
                 drawn = gradient + recipe.weight_decay * value + recipe.proximal_mu * (value - start[index])
                 velocity[index] = recipe.momentum * velocity[index] + drawn
@@ -89,6 +99,43 @@ def test_fit_is_sgd_with_momentum_weight_decay_and_a_cosine(
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_the_learning_rate_rises_and_decays_as_the_schedule_says(schedule: str, warmup: int) -> None:
+    recipe = LocalTraining(3, 4, 0.1, weight_decay=0.1, schedule=schedule, warmup_epochs=warmup)
+    examples, model = blobs(14, dtype=torch.float64), linear()
+    expected, _ = sgd_by_hand(copied(model), examples, recipe, (4, 4, 4, 2), seed=5)
+    found, _ = fit(linear(), copied(model), examples, recipe, generator=generator(5))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 9), st.integers(1, 20))
+def test_without_a_warm_up_the_cosine_has_the_bits_that_it_always_had(epochs: int, batches_of_one: int) -> None:
+    steps = epochs * batches_of_one
+    for step in range(steps):
+        expected = 0.5 * (1 + math.cos(math.pi * step / steps))
+        assert share_of_rate(LocalTraining(epochs=epochs), step, steps) == expected
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(1, 9), st.integers(0, 12), st.integers(1, 9))
+def test_the_learning_rate_is_never_0_and_is_highest_when_the_warm_up_ends(
+    schedule: str, epochs: int, warmup: int, batches_of_one: int
+) -> None:
+    recipe = LocalTraining(epochs=epochs, schedule=schedule, warmup_epochs=warmup)
+    steps, peak = epochs * batches_of_one, warmup * batches_of_one
+    shares = [share_of_rate(recipe, step, steps) for step in range(steps)]
+    assert all(0 < share <= 1 for share in shares)
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert [share == 1 for share in shares] == [step == peak for step in range(steps)]
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected the schedule 'cosine' or 'linear', got 'step'"):
+        share_of_rate(LocalTraining(schedule="step"), 0, 3)
 
 
 def test_the_proximal_term_is_in_every_gradient() -> None:

