@@ -68,9 +68,9 @@ def compare(command: str, out: Path, also: str = "") -> Run:
     Args:
         command: as a user would type it, without --out.
         out: the run folder.
-        machine: further flags, of what changes no number.
+        also: flags more, of what changes no number.
     """
-    words = shlex.split(command)[1:]
+    words = shlex.split(f"{command} {also}")[1:]
     if (out / "config.json").exists():
         words = [words[0], "--resume"]
     if torch.cuda.is_available():
