@@ -27,7 +27,8 @@ FIGURES = HERE.parent / "docs" / "figures"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))}
 """Of the commands: the models that experiments define can be imported by name."""
 
-CORES = os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""That this process may use."""
 CORES_OF_ONE = 5
 """That a comparison keeps busy, of five clients."""
 

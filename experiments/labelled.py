@@ -52,29 +52,26 @@ def labelled(size: str, out: Path) -> None:
         holds("60 labels, above fedavg", [(ours, accuracy)])
         return
     runs = dict(zip(PARTITIONS, clients([(name, "independent") for name in PARTITIONS], out), strict=True))
-    content: dict[str, dict[str, Any]] = {"accuracy": {}, "tables": {}, "goals": {}}
-    cells = [(labels, run) for labels in BUDGETS for run in runs.values()]
-    again = iter(merge({out / f"labelled-{labels}-{run.path.name}": (run, arguments(labels)) for labels, run in cells}))
+    commands = [command(name, "independent") for name in PARTITIONS]
+    content: dict[str, Any] = {"commands": commands, "accuracy": {}, "tables": {}, "goals": {}}
     for labels in BUDGETS:
-        found = {name: next(again) for name in runs}
+        again = merge({out / f"labelled-{labels}-{run.path.name}": (run, arguments(labels)) for run in runs.values()})
+        found = dict(zip(runs, again, strict=True))
         ahead = {control: advantage(found.values(), OURS, control) for control in CONTROLS}
         nearest = min(CONTROLS, key=lambda control: ahead[control].mean)
-        assert ahead[nearest].mean > 0, f"{nearest} is above {OURS}: {points(ahead[nearest])}"
-        holds(f"{labels} labels, above every control, of which {nearest} is nearest", [("by", ahead[nearest].mean)])
         shown = ("best-client", *ENSEMBLES, *CONTROLS, OURS)
         last = [f"`{OURS}` is above by", "---:"]
         last += [points(ahead[name]) if name in ahead else NOTHING for name in shown]
+        commands.append(f"fedmerge merge RUN {arguments(labels)} --out NEW")
         content["accuracy"][f"{labels}"] = accuracies(found)
         content["tables"][f"{labels}"] = [
             f"{line} {cell} |" for line, cell in zip(table(found, shown), last, strict=True)
         ]
         goal = {"goal": GOALS[labels], "found": ahead[nearest].mean, "interval": ahead[nearest].half_width}
         content["goals"][f"{labels}"] = goal
-    commands = [
-        *(command(name, "independent") for name in PARTITIONS),
-        *(f"fedmerge merge RUN {arguments(labels)} --out NEW" for labels in BUDGETS),
-    ]
-    write("labelled", {"commands": commands, **content}, next(iter(runs.values())))
+        write("labelled", content, runs["Dirichlet(0.1)"])
+        assert ahead[nearest].mean > 0, f"{nearest} is above {OURS}: {points(ahead[nearest])}"
+        holds(f"{labels} labels, above every control, of which {nearest} is nearest", [("by", ahead[nearest].mean)])
 
 
 if __name__ == "__main__":
