@@ -75,7 +75,7 @@ def compare(command: str, out: Path, also: str = "") -> Run:
     if (out / "config.json").exists():
         words = [words[0], "--resume"]
     if torch.cuda.is_available():
-        words += ["--client-gpus", f"{1 / CORES:.4f}"]
+        words += ["--client-gpus", f"{1 / CORES:.4f}", "--batched-clients", "1"]  # each by itself, as on CPUs
     subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True, env=ENVIRONMENT)
     return Run.open(out)
 

@@ -214,8 +214,6 @@ def main() -> None:
     flags.add_argument("--side-by-side", type=int, default=max(1, cores // 2), help="cells that run at a time")
     given = flags.parse_args()
     machine = f"--data-dir '{Path(given.data_dir).absolute()}' --quiet" if given.data_dir else "--quiet"
-    if torch.cuda.is_available():  # models that could be stacked are not worth it here
-        machine += " --batched-clients 1"
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary)
         if given.size == "smoke":
