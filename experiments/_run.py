@@ -116,6 +116,16 @@ def merge(jobs: Mapping[Path, tuple[Run, str]]) -> list[dict[str, Row]]:
         return [{name: row for each in of_job for name, row in each.result().items()} for of_job in started]
 
 
+def merged_run(out: Path, method: str) -> Run:
+    """Return the run folder in which `merge` has put a method of a job.
+
+    Args:
+        out: the job's folder.
+        method: of those that it merged by.
+    """
+    return Run.open(out / file_name(method))
+
+
 def table(columns: Mapping[str, Rows], methods: Iterable[str]) -> list[str]:
     """Return the lines of a Markdown table: methods by cells, accuracy in percent, mean ± standard deviation.
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from _course import Line, distributions_figure, paths_figure, scatter_figure
-from _run import FIGURES, Rows, accuracies, advantage, compare, holds, main, merge, rows_of, table, write
+from _run import FIGURES, Rows, accuracies, advantage, compare, holds, main, merge, merged_run, rows_of, table, write
 from scipy.stats import spearmanr
 
 from fedmerge import federation
@@ -94,7 +94,8 @@ def coefficients(size: str, out: Path) -> None:
     if size == "smoke":
         run = compare(SMOKE, out / "coefficients-clients")
         ours = f"{CHANNELS}:steps=60:lrs=0.03"
-        [again] = merge({out / "coefficients-smoke": (run, f"--methods {ours}")})
+        merge({out / "coefficients-smoke": (run, f"--methods {ours}")})
+        again = merged_run(out / "coefficients-smoke", ours)
         [correlation] = correlations(again, ours)
         assert correlation > 0, correlation
         draw(run, again, ours, out)
@@ -102,13 +103,15 @@ def coefficients(size: str, out: Path) -> None:
         return
     run = compare(CLIENTS, out / "coefficients-clients")
     jobs = {out / f"coefficients-{kind}": (run, f"--methods {','.join(names)}") for kind, names in ABLATIONS.items()}
-    merged = dict(zip(ABLATIONS, merge(jobs), strict=True))
-    rows = rows_of(run) | {name: row for each in merged.values() for name, row in rows_of(each).items()}
-    told = {name: with_interval(correlations(where(merged, name), name)) for name in TOLD}
+    rows = rows_of(run) | {name: row for each in merge(jobs) for name, row in each.items()}
+    merged = {
+        name: merged_run(out, name) for out, names in zip(jobs, ABLATIONS.values(), strict=True) for name in names
+    }
+    told = {name: with_interval(correlations(merged[name], name)) for name in TOLD}
     found = told[CHANNELS]
     assert found.mean - (found.half_width or 0) > 0, f"{CHANNELS}: {found}"
     holds("coefficients rise with the shares of a class", [(name, found.mean) for name, found in told.items()])
-    spreads = draw(run, merged["groups"], CHANNELS, FIGURES)
+    spreads = draw(run, merged[CHANNELS], CHANNELS, FIGURES)
     content = {
         "commands": [CLIENTS, *(f"fedmerge merge RUN {words} --out NEW" for _, words in jobs.values())],
         "accuracy": accuracies({"development": rows}),
@@ -120,9 +123,9 @@ def coefficients(size: str, out: Path) -> None:
                 "| Method | classes, by share of the class | layers, by share of all images |",
                 "| --- | ---: | ---: |",
                 *(
-                    f"| `{name}` | {number(found)} | {number(with_interval(correlations(of, name, 'tensors')))} |"
-                    for name, found in told.items()
-                    for of in [where(merged, name)]
+                    f"| `{name}` | {number(of_classes)} | {number(of_layers)} |"
+                    for name, of_classes in told.items()
+                    for of_layers in [with_interval(correlations(merged[name], name, "tensors"))]
                 ),
             ],
         },
@@ -146,11 +149,6 @@ def number(found: Difference) -> str:
     """Return a correlation with its interval's half width."""
     half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
     return f"{found.mean:.2f}{half}".replace("-", "\N{MINUS SIGN}")
-
-
-def where(merged: Mapping[str, Run], method: str) -> Run:
-    """Return the run that has a method."""
-    return next(merged[kind] for kind, names in ABLATIONS.items() if method in names)
 
 
 def correlations(run: Run, method: str, of: str = "classes") -> list[float]:

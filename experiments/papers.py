@@ -46,7 +46,7 @@ SPLITS = {
     "Dirichlet(0.5)": "--partition dirichlet --alpha 0.5",
     "disjoint": "--partition disjoint",
 }
-BATCH_SIZE, EPOCHS, WARMUP = 500, 200, 5
+BATCH_SIZE, EPOCHS, WARMUP = 500, 200, 0.025
 SERVER = 5000
 
 OURS, PAPER = "activations+np", "activations+np-pairwise"
@@ -56,7 +56,7 @@ METHODS = ("best-client", "ensemble", *UNLEARNED, "server-only", "activations+fi
 SHORT = ":steps=40:lrs=0.01"
 SMOKE = (
     "fedmerge compare --model resnet20@0.25 --clients 2 --partition same --local-epochs 4 --lr-schedule linear "
-    f"--warmup-epochs 1 --server-examples 200 --methods {UNLEARNED[0]},{UNLEARNED[1]},{OURS}{SHORT}"
+    f"--warmup 0.25 --server-examples 200 --methods {UNLEARNED[0]},{UNLEARNED[1]},{OURS}{SHORT}"
 )
 
 
@@ -69,17 +69,16 @@ def command(
         data: a data set.
         architecture: a key of `RATES`.
         split: a key of `SPLITS`.
-        epochs: of the clients; of fewer than the papers' 200, the warm-up is at most an eighth.
+        epochs: of the clients.
         batch_size: images in a batch.
         client_examples: training images of a client, on average; 0: all that the server leaves.
         seeds: separated by commas.
     """
-    warmup = min(WARMUP, epochs // 8)
     images = client_examples if split == "same" else 2 * client_examples
     return (
         f"fedmerge compare --data {data} --model {architecture} --clients 2 {SPLITS[split]} --client-examples {images} "
         f"--local-epochs {epochs} --batch-size {batch_size} --lr {RATES[architecture] * batch_size / BATCH_SIZE:g} "
-        f"--weight-decay 0.0005 --lr-schedule linear --warmup-epochs {warmup} --server-examples {SERVER} "
+        f"--weight-decay 0.0005 --lr-schedule linear --warmup {WARMUP} --server-examples {SERVER} "
         f"--seeds {seeds} --methods {','.join(METHODS)}"
     )
 

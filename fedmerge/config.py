@@ -62,7 +62,7 @@ class Config:
     batch_size: int = _option(32, "images in a batch, at the clients and at the server")
     lr: float = _option(0.05, "the clients' highest learning rate (SGD, decay to 0)")
     lr_schedule: str = _option("cosine", "how the clients' learning rate decays to 0 in a round: cosine or linear")
-    warmup_epochs: int = _option(0, "epochs in which the clients' learning rate first rises linearly")
+    warmup: float = _option(0.1, "share of the clients' steps in which the learning rate first rises, in [0, 1)")
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
     proximal_mu: float = _option(0.0, "FedProx: pull of the clients' weights toward the round's start, at least 0")
@@ -177,7 +177,7 @@ class Config:
             )
         low, high = self.epochs_range
         self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
-        self._require("warmup_epochs", 0 <= self.warmup_epochs < low, f"at least 0 and below --local-epochs ({low})")
+        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
 
     def _check_privacy(self) -> None:
         """Refuse what would leave the clients without the privacy that they are to have."""

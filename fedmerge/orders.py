@@ -106,7 +106,7 @@ class Order:
             weight_decay=config.weight_decay,
             proximal_mu=config.proximal_mu,
             schedule=config.lr_schedule,
-            warmup_epochs=config.warmup_epochs,
+            warmup=config.warmup,
         )
 
     def chance(self, purpose: str, server_round: int | None = None) -> torch.Generator:

@@ -82,7 +82,7 @@ def assert_equal_to_rounding(
     weight_decay=st.sampled_from([0.0, 0.1]),
     proximal_mu=st.sampled_from([0.0, 0.7]),
     schedule=st.sampled_from(SCHEDULES),
-    warmup=st.integers(0, 2),
+    warmup=st.sampled_from([0, 0.1, 0.5]),
     bias=st.booleans(),
 )
 def test_clients_of_any_sizes_train_together_as_alone(
@@ -93,7 +93,7 @@ def test_clients_of_any_sizes_train_together_as_alone(
     weight_decay: float,
     proximal_mu: float,
     schedule: str,
-    warmup: int,
+    warmup: float,
     bias: bool,
 ) -> None:
     recipe = LocalTraining(epochs, batch_size, 0.1, momentum, weight_decay, proximal_mu, schedule, warmup)

@@ -129,7 +129,7 @@ def test_clients_start_from_what_the_server_sent_if_initialisations_are_shared_o
 def test_a_client_trains_by_the_schedule_of_the_run() -> None:
     plain = CONFIG.replace(local_epochs="2")
     linear = plain.replace(lr_schedule="linear")
-    states = [train(config).state for config in (plain, linear, linear.replace(warmup_epochs=1))]
+    states = [train(config).state for config in (plain, linear, linear.replace(warmup=0.5))]
     assert not any(same(first, second) for first, second in itertools.combinations(states, 2))
 
 

@@ -27,7 +27,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "split": st.sampled_from(SPLITS),
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
     "lr_schedule": st.sampled_from(SCHEDULES),
-    "warmup_epochs": st.just(0),  # fewer than the least that local_epochs draws
+    "warmup": st.floats(0, 1, exclude_max=True),
     "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),
     "local_epochs": COUNTS.map(str) | st.tuples(COUNTS, COUNTS).map(lambda pair: f"{min(pair)}..{max(pair)}"),
     "clients": st.integers(100, 10**4),
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "batch_size": (0,),
     "lr": (0.0, -0.1, math.inf, math.nan),
     "lr_schedule": ("step", ""),
-    "warmup_epochs": (-1, 10),
+    "warmup": (-0.1, 1.0, math.nan),
     "momentum": (1.0, -0.1, math.nan),
     "weight_decay": (-0.1, math.inf, math.nan),
     "rounds": (0,),
@@ -143,7 +143,7 @@ BOUNDARIES: dict[str, tuple[Any, ...]] = {
     "clients": (2,),  # no fewer than --min-completed
     "client_examples": (0,),
     "min_client_examples": (0,),
-    "warmup_epochs": (0, 9),
+    "warmup": (0.0, 0.999),
     "momentum": (0.0, 0.999),
     "weight_decay": (0.0,),
     "server_examples": (0,),

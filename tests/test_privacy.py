@@ -49,7 +49,7 @@ from fedmerge.updatefiles import read_update, update_to_bytes
 from fedmerge.wire import arrays_from_state, update_from_records, update_to_records
 from fedmerge.words import privacy
 
-RECIPE = LocalTraining(epochs=3, batch_size=6, lr=0.2, momentum=0.8, weight_decay=0.01, proximal_mu=0.1)
+RECIPE = LocalTraining(epochs=3, batch_size=6, lr=0.2, momentum=0.8, weight_decay=0.01, proximal_mu=0.1, warmup=0)
 CONFIG = Config(clients=3, client_examples=150, local_epochs="1", model="mlp@0.1", dp_clip=1.0, dp_noise=1.5)
 
 
@@ -169,7 +169,7 @@ def test_the_gradient_of_each_image_is_clipped_as_in_a_loop_over_images(convolut
 
 
 def test_the_learning_rate_follows_the_schedule_that_was_asked_for() -> None:
-    recipe = replace(RECIPE, schedule="linear", warmup_epochs=1)
+    recipe = replace(RECIPE, schedule="linear", warmup=0.5)
     assert close(private(problem(), recipe=recipe, clip=0.3), loop(problem(), recipe, 0.3))
     assert not close(private(problem(), recipe=recipe, clip=0.3), private(problem(), recipe=RECIPE, clip=0.3))
 
