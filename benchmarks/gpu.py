@@ -76,7 +76,11 @@ def graphed(name: str, shape: tuple[int, int, int]) -> Callable[[], object]:
     optimizer.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_: object = (model, optimizer, images, labels)) -> None:  # the graph reads them, and does not keep them
+        graph.replay()
+
+    return replay
 
 
 def training(quick: bool) -> list[Row]:
