@@ -56,7 +56,7 @@ def of_model(name: str, shape: tuple[int, int, int], device: str = "cpu") -> Var
     def ours(coordinates: Coordinates, compiled: bool = True) -> Callable[[], object]:
         def step() -> None:
             with _compiler(compiled):
-                coordinates.step(gradients(problem, coordinates, buffers, batch), Adam(1e-4))
+                coordinates.step(gradients(problem, coordinates, buffers, batch.images, batch.labels), Adam(1e-4))
 
         return step
 

@@ -127,7 +127,7 @@ def train_order(order: Order) -> Update:
     began = time.perf_counter()
     start, recipe = order.start, order.recipe
     with reproducible(), workspace(order.config, order.examples) as model:
-        data = laid_out(model, order.own.to(choose_device(order.config.device)))
+        data = laid_out(model, order.own.to(choose_device(order.config.device)), recipe.batch_size)
         if order.config.dp_clip:
             privacy.check_model(order.config.model, model)
             state = privacy.fit_privately(

@@ -76,7 +76,9 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return max(1, whole + (rest > 1))
 
 
-def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(
+    num_examples: int, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """Yield one epoch's batches of indices, in random order.
 
     A last batch of one example joins the one before: batch normalisation cannot train on it.
@@ -85,12 +87,13 @@ def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> I
         num_examples: examples in all.
         batch_size: examples in a batch.
         generator: decides the order.
+        device: where the indices go, all at once: a copy for each batch would wait for the one before.
 
     Example:
         >>> [len(batch) for batch in batches(9, 4, torch.Generator())]
         [4, 5]
     """
-    order = torch.randperm(num_examples, generator=generator)
+    order = torch.randperm(num_examples, generator=generator).to(device)
     count = num_batches(num_examples, batch_size)
     for number in range(count):
         yield order[number * batch_size : None if number == count - 1 else (number + 1) * batch_size]

@@ -263,3 +263,13 @@ def test_a_group_should_deviate_as_its_units_do_on_average() -> None:
     assert deviation(change, covariance).tolist() == [2.5, 1.0, 0.0]
     mixed = Linear(torch.diag(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64)))
     assert deviation(mixed, covariance).tolist() == [4.0, 3.0, 1.0]
+
+
+def test_how_similarities_are_rounded_does_not_decide() -> None:
+    stream = torch.Generator().manual_seed(4)
+    scores = torch.rand(30, 30, generator=stream, dtype=torch.float64)
+    scores = (scores + scores.T).reshape(3, 10, 3, 10) / 2
+    expected = zip_units(scores, within=0.75, decay=0.8)
+    for _ in range(5):
+        rounded = scores * (1 + 1e-15 * torch.randn(scores.shape, generator=stream, dtype=torch.float64))
+        assert torch.equal(zip_units(rounded, within=0.75, decay=0.8), expected)

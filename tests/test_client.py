@@ -23,7 +23,7 @@ from fedmerge.settings import ConfigurationError
 from fedmerge.statistics import collect
 from fedmerge.wire import arrays_from_state, update_from_records
 
-CONFIG = Config(clients=3, local_epochs="1", min_client_examples=40, lr=0.05)
+CONFIG = Config(device="cpu", clients=3, local_epochs="1", min_client_examples=40, lr=0.05)
 
 
 def loaded() -> Federation:

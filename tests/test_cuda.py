@@ -209,9 +209,16 @@ def as_numbers(change: BasisChange) -> list[Tensor]:
     return [change.matrix] if isinstance(change, Linear) else list(vars(change).values())
 
 
-@pytest.mark.parametrize("name", ["mlp@0.1", "resnet20@0.25"])
 @pytest.mark.parametrize(
-    "align", [*ALIGNERS, "weights:start=activations", "activations:passes=2", "weights:passes=2", "cca:anchor=none"]
+    ("align", "name"),
+    [
+        *(
+            (align, name)
+            for align in (*ALIGNERS, "weights:start=activations", "activations:passes=2", "weights:passes=2")
+            for name in ("mlp@0.1", "resnet20@0.25")
+        ),
+        ("cca:anchor=none", "mlp@0.1"),  # the narrow ResNet has dead units, on which the map is free
+    ],
 )
 def test_every_alignment_is_that_of_the_cpu(align: str, name: str) -> None:
     problem, updates = in_doubles(name)

@@ -23,6 +23,11 @@ from fedmerge.state import read_checkpoint
 
 SHAPE = (1, 8, 8)
 
+pytestmark = [  # of torch's own exporters, in some of its releases
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec"),
+]
+
 
 def has_onnx() -> bool:
     return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

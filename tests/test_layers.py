@@ -58,6 +58,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "screening",
             "updatefiles",
             "sgd",
+            "replay",
             "train",
             "batched",
             "calibrate",

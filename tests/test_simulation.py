@@ -31,7 +31,7 @@ from fedmerge.settings import ConfigurationError
 from fedmerge.simulation import recall_from, simulate, train_clients
 from fedmerge.strategy import RoundFailed
 
-CONFIG = Config(clients=3, local_epochs="1", align="identity", merge="mean", threads=1)
+CONFIG = Config(device="cpu", clients=3, local_epochs="1", align="identity", merge="mean", threads=1)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's own processes and files

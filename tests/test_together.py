@@ -17,7 +17,7 @@ from fedmerge.problem import Update
 from fedmerge.together import GROUP_BYTES, LARGEST_GROUP, answer_together, group_size
 from fedmerge.wire import arrays_from_state, update_from_records
 
-CONFIG = Config(clients=5, local_epochs="1..2", min_client_examples=5, init="shared", lr=0.05)
+CONFIG = Config(device="cpu", clients=5, local_epochs="1..2", min_client_examples=5, init="shared", lr=0.05)
 
 
 def initial(name: str = "mlp") -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def test_what_goes_wrong_at_one_is_its_own_answer_and_the_others_go_on() -> None
 def test_a_group_is_of_the_size_that_is_asked_for_or_one_on_cpus_and_by_the_models_size_on_gpus() -> None:
     assert group_size(CONFIG, 1) == group_size(CONFIG.replace(client_gpus=1.0, device="cpu"), 1) == 1
     assert group_size(CONFIG.replace(batched_clients=7, client_gpus=1.0), 1) == 7
-    on_gpu = CONFIG.replace(client_gpus=0.5)
+    on_gpu = CONFIG.replace(device="auto", client_gpus=0.5)
     assert group_size(on_gpu, 0) == group_size(on_gpu, 1000) == LARGEST_GROUP
     assert group_size(on_gpu, GROUP_BYTES // 40) == 10
     assert group_size(on_gpu, GROUP_BYTES) == 1

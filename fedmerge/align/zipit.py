@@ -148,7 +148,8 @@ def zip_units(
     """
     models, size = scores.shape[:2]
     count = models * size
-    least = scores.reshape(count, count).numpy().copy()
+    flat = scores.reshape(count, count).numpy()
+    least = (flat + flat.T) / 2  # a product may be rounded otherwise than its mirror image, and the order decides
     np.fill_diagonal(least, -np.inf)
     members = np.repeat(np.eye(models, dtype=bool), size, axis=0)
     merges = count - size
@@ -172,12 +173,13 @@ def zip_units(
             if row[second] == best[first]:
                 break
             best[first] = row[second]
+        first, second = sorted((first, second))
         budgets -= members[first] & members[second]
         members[first] |= members[second]
         sizes[first] += sizes[second]
         least[first] = least[:, first] = np.minimum(least[first], least[second])
         least[second] = least[:, second] = least[first, first] = -np.inf
-        best[second] = -np.inf
+        best[first], best[second] = max(best[first], best[second]), -np.inf
         groups[groups == second] = first
     _, numbers = np.unique(groups, return_inverse=True)
     return torch.from_numpy(numbers).reshape(models, size)

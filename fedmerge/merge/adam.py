@@ -6,9 +6,10 @@ Decay Regularization, ICLR 2019, arXiv 1711.05101.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,32 +22,41 @@ FUSED = ("cpu", "cuda")
 """Kinds of devices on which torch has Adam as one kernel."""
 
 
+def first_step(like: Tensor) -> Any:
+    """Return 0 for coordinates to count their steps by: on a GPU a tensor, which a recorded step counts on.
+
+    Args:
+        like: on the coordinates' device.
+    """
+    return torch.zeros((), dtype=torch.float64, device=like.device) if like.is_cuda else 0
+
+
 @dataclass(frozen=True)
 class Rates:
     """One step: x ← keep · x − rate · m / (√v · root + ε).
 
     Attributes:
         lr: learning rate.
-        step: its number, from 1.
+        step: its number, from 1 (see `first_step`); then what follows from it is tensors too.
         keep: what decay leaves of the coordinate.
     """
 
     lr: float
-    step: int
+    step: Any
     keep: float = 1.0
 
-    @property
-    def rate(self) -> float:
+    @cached_property
+    def rate(self) -> Any:
         """The learning rate, corrected for the first moment's bias."""
         return self.lr / (1 - FIRST**self.step)
 
-    @property
-    def root(self) -> float:
+    @cached_property
+    def root(self) -> Any:
         """What corrects the second moment's bias."""
-        return 1 / math.sqrt(1 - SECOND**self.step)
+        return (1 - SECOND**self.step) ** -0.5
 
-    @property
-    def in_units_of_root(self) -> tuple[float, float]:
+    @cached_property
+    def in_units_of_root(self) -> tuple[Any, Any]:
         """The step's factor and ε where √v is taken as it is: −rate / root and ε / root."""
         return -self.rate / self.root, EPSILON / self.root
 
@@ -61,7 +71,7 @@ class Rates:
         """
         if self.keep != 1:
             value.mul_(self.keep)
-        taken = torch.tensor(float(self.step - 1), device=value.device)
+        taken = torch.zeros((), device=value.device).add_(self.step - 1)
         adam(
             [value],
             [gradient],
@@ -92,11 +102,11 @@ class Adam:
     lr: float
     decay: float = 0.0
 
-    def rates(self, step: int) -> Rates:
+    def rates(self, step: Any) -> Rates:
         """Return the factors of a step.
 
         Args:
-            step: its number, from 1.
+            step: its number, from 1; a number or a tensor.
         """
         return Rates(self.lr, step, 1 - self.lr * self.decay)
 
@@ -107,6 +117,8 @@ class Adam:
             values: what it moves, on one device.
         """
         fused = all(value.device.type in FUSED and value.is_floating_point() for value in values)
+        recordable = all(value.is_cuda for value in values)
+        way: dict[str, Any] = {"fused": fused, "foreach": not fused, "capturable": recordable}
         if self.decay:
-            return torch.optim.AdamW(values, lr=self.lr, weight_decay=self.decay, fused=fused, foreach=not fused)
-        return torch.optim.Adam(values, lr=self.lr, fused=fused, foreach=not fused)
+            return torch.optim.AdamW(values, lr=self.lr, weight_decay=self.decay, **way)
+        return torch.optim.Adam(values, lr=self.lr, **way)

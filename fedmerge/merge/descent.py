@@ -22,7 +22,9 @@ from fedmerge.calibrate import calibrate
 from fedmerge.merge.adam import Adam
 from fedmerge.merge.augment import augmented
 from fedmerge.merge.coordinates import Coordinates, Weights
+from fedmerge.merge.mixture import Mixture
 from fedmerge.problem import Examples, Problem
+from fedmerge.replay import Replay, records
 from fedmerge.seeds import default_generator, derive
 from fedmerge.state import StateDict
 from fedmerge.train import batches
@@ -115,15 +117,24 @@ def descend(
     lessons = data
     if problem.mixtures is not None and problem.mixtures.targets is not None:
         lessons = data.joined(problem.mixtures, problem.mixtures.targets.shape[1])
-    order = _forever(len(lessons), problem.batch_size, torch.Generator().manual_seed(seed))
+    device = data.images.device
+    order = _forever(len(lessons), problem.batch_size, torch.Generator().manual_seed(seed), device)
+    with _training(problem.model):
+        replay = Replay(records(problem.model, device) and not (isinstance(coordinates, Mixture) and coordinates.pace))
+
+    def step(images: Tensor, wanted: Tensor) -> list[Tensor]:
+        found = gradients(problem, coordinates, training_buffers, images, wanted, schedule.entropy)
+        coordinates.step(found, rule)
+        return []
+
     done = 0
     for look in looks:
         means = [value.clone() for value in coordinates.values] if schedule.average else []
-        with _training(problem.model), default_generator(derive(seed, look), data.images.device):
+        with _training(problem.model), default_generator(derive(seed, look), device):
             for number in range(1, look - done + 1):
-                batch = lessons[next(order).to(data.images.device)]
-                batch = replace(batch, images=augmented(batch.images, schedule.augment, chance))
-                coordinates.step(gradients(problem, coordinates, training_buffers, batch, schedule.entropy), rule)
+                batch = lessons[next(order)]
+                images = augmented(batch.images, schedule.augment, chance)
+                replay(step, images, batch.labels if batch.targets is None else batch.targets)
                 if means:
                     torch._foreach_lerp_(means, coordinates.values, 1 / number)
         with _at(coordinates, means) if means else nullcontext():
@@ -134,7 +145,12 @@ def descend(
 
 
 def gradients(
-    problem: Problem, coordinates: Coordinates, buffers: Mapping[str, Tensor], batch: Examples, entropy: bool = False
+    problem: Problem,
+    coordinates: Coordinates,
+    buffers: Mapping[str, Tensor],
+    images: Tensor,
+    wanted: Tensor,
+    entropy: bool = False,
 ) -> dict[str, Tensor]:
     """Return dL/dθ of the parameters that a step of the coordinates needs.
 
@@ -142,16 +158,14 @@ def gradients(
         problem: the architecture.
         coordinates: say where θ is.
         buffers: by name; training mode changes them in place.
-        batch: the examples of the step.
+        images: of the step.
+        wanted: their labels, or their targets.
         entropy: whether the loss is the entropy of the predictions.
     """
     parameters = {name: tensor.detach() for name, tensor in coordinates.parameters().items()}
     leaves = [parameters[name].requires_grad_() for name in coordinates.names]
-    logits = functional_call(problem.model, {**parameters, **buffers}, (batch.images,))
-    if entropy:
-        loss = functional.cross_entropy(logits, logits.softmax(1))
-    else:
-        loss = functional.cross_entropy(logits, batch.labels if batch.targets is None else batch.targets)
+    logits = functional_call(problem.model, {**parameters, **buffers}, (images,))
+    loss = functional.cross_entropy(logits, logits.softmax(1) if entropy else wanted)
     found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return dict(zip(coordinates.names, found, strict=True))
 
@@ -186,6 +200,6 @@ def _at(coordinates: Coordinates, values: Sequence[Tensor]) -> Iterator[None]:
             value.copy_(was)
 
 
-def _forever(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _forever(num_examples: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
     while True:
-        yield from batches(num_examples, batch_size, generator)
+        yield from batches(num_examples, batch_size, generator, device)

@@ -59,6 +59,7 @@ def span(
     rate, epsilon = rates.in_units_of_root
     for part in _parts(theta):
         first, root = moments.add(gradient[:, part], part)
+        first = first * rate
         moved = theta[:, part]
         if rates.keep != 1:
             moved.sub_(start[:, part]).mul_(rates.keep).add_(start[:, part])
@@ -66,9 +67,9 @@ def span(
             direction = directions.direction(index, part)
             step = direction * first
             step.div_(direction.abs().mul_(root).add_(epsilon / directions.factor))
-            moved.addcmul_(direction, step, value=rate)
+            moved.addcmul_(direction, step)
             if beta is not None:
-                beta[index][:, part].mul_(rates.keep).add_(step, alpha=rate)
+                beta[index][:, part].mul_(rates.keep).add_(step)
 
 
 def box(
@@ -109,11 +110,12 @@ def box(
     rate, epsilon = rates.in_units_of_root
     for part in _parts(theta):
         first, root = moments.add(gradient[:, part], part)
+        first = first * rate
         moved = beta[:, :, part]
         for index in range(len(directions)):
             direction = directions.direction(index, part)
             denominator = direction.abs().mul_(root).add_(epsilon / directions.factor)
-            moved[index].mul_(rates.keep).addcdiv_(direction * first, denominator, value=rate)
+            moved[index].mul_(rates.keep).addcdiv_(direction * first, denominator)
         into_box(moved, shares[:, :, None], bounds)
         theta[:, part] = start[:, part]
         for index in range(len(directions)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.merge import kernels
-from fedmerge.merge.adam import Adam
+from fedmerge.merge.adam import Adam, first_step
 from fedmerge.merge.directions import Moments
 
 
@@ -30,7 +30,7 @@ class SigmoidPair:
         )
         self.moments = {name: Moments.zeros(tensor) for name, tensor in self.theta.items()}
         self.raw = {name: torch.zeros_like(tensor) for name, tensor in self.theta.items()}
-        self.steps = 0
+        self.steps = first_step(self.values[0])
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the mixture; the next step changes it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.merge import kernels
-from fedmerge.merge.adam import Adam
+from fedmerge.merge.adam import Adam, first_step
 from fedmerge.merge.box import into_box
 from fedmerge.merge.coordinates import Pulled
 from fedmerge.merge.directions import Directions, Moments
@@ -51,11 +51,11 @@ class Streamed:
         self.given = given
         self.names = list(given.start)
         self.count = len(given.models)
-        self.steps = 0
         self.weights = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in given.start.items()
         }
         self.theta = {name: self._matrix(name, tensor) for name, tensor in self.weights.items()}
+        self.steps = first_step(next(iter(self.weights.values())))
         self.start = {name: self._matrix(name, tensor) for name, tensor in given.start.items()}
         self.directions = {
             name: Directions(
