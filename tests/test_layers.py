@@ -130,6 +130,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "devices",
             "data",
             "datafiles",
+            "idxfiles",
             "partition",
             "federation",
             "architectures",
