@@ -9,6 +9,7 @@ sending and receiving included. Seconds of the wall all, so other programs on th
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def _row(what: str, found: str, ratio: str) -> Row:
 
 
 if __name__ == "__main__":
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     if sys.argv[1:3] == ["--first", "bare"]:
         bare_ray()
     elif sys.argv[1:2] == ["--first"]:

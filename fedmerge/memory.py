@@ -104,7 +104,7 @@ def foreseen(model: StateDict, states: int, purpose: str) -> Peak:
     """
     size = num_bytes(model)
     if all(tensor.device.type == "cpu" for tensor in model.values()):
-        advice = "merge on a larger machine, or by coefficients of whole channels (np:groups=channel), not aligned"
+        advice = "give --low-memory, which keeps in files what is only read, or merge on a larger machine"
         require(states * size, f"{purpose} of {size / 1e6:.0f} MB, which holds {states} such states,", advice)
     return Peak()
 

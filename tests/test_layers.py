@@ -52,6 +52,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "statistics",
             "folding",
             "memory",
+            "spilled",
             "problem",
             "examples",
             "conforming",

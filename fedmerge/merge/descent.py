@@ -127,10 +127,12 @@ def descend(
                 if means:
                     torch._foreach_lerp_(means, coordinates.values, 1 / number)
         with _at(coordinates, means) if means else nullcontext():
-            parameters = coordinates.parameters()
-            state = {name: tensor.clone() for name, tensor in {**parameters, **buffers}.items()}
+            found = {**coordinates.parameters(), **buffers}
+            reached = [
+                calibrate(problem.model, {name: found[name] for name in problem.model.state_dict()}, data.images)
+            ]
         done = look
-        yield calibrate(problem.model, {name: state[name] for name in problem.model.state_dict()}, data.images)
+        yield reached.pop()  # it is the caller's alone
 
 
 def gradients(
