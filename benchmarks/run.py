@@ -14,7 +14,7 @@ import sys
 
 from _measure import HERE, RESULTS, table
 
-BENCHMARKS = ("np_step", "memory", "align", "rounds", "actors")
+BENCHMARKS = ("np_step", "memory", "align", "rounds", "actors", "growth")
 MARK = "<!-- table: {} -->"
 
 

@@ -132,6 +132,7 @@ def descend(
                 calibrate(problem.model, {name: found[name] for name in problem.model.state_dict()}, data.images)
             ]
         done = look
+        means.clear()
         yield reached.pop()  # it is the caller's alone
 
 
@@ -177,15 +178,19 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _at(coordinates: Coordinates, values: Sequence[Tensor]) -> Iterator[None]:
-    """Move the coordinates to some values inside the block."""
-    were = [value.clone() for value in coordinates.values]
-    for value, shown in zip(coordinates.values, values, strict=True):
-        value.copy_(shown)
+    """Move the coordinates to some values inside the block; `values` hold theirs meanwhile, which takes no memory."""
+    _exchange(coordinates.values, values)
     try:
         yield
     finally:
-        for value, was in zip(coordinates.values, were, strict=True):
-            value.copy_(was)
+        _exchange(coordinates.values, values)
+
+
+def _exchange(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for one, other in zip(some, others, strict=True):
+        was = one.clone()
+        one.copy_(other)
+        other.copy_(was)
 
 
 def _forever(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
