@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +24,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+TICKS = os.sysconf("SC_CLK_TCK")
 
 Row = Mapping[str, str]
 """Cells by column."""
@@ -59,6 +62,25 @@ def cpu_seconds() -> float:
     """Return the user and system time of this process and its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def tree_seconds() -> float:
+    """Return the user and system time of this process and all that descend from it, ended ones included."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    seconds: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        children[int(fields[1])].append(int(stat.parent.name))
+        seconds[int(stat.parent.name)] = sum(map(int, fields[11:15])) / TICKS
+    found, left = 0.0, [os.getpid()]
+    while left:
+        process = left.pop()
+        found += seconds.get(process, 0.0)
+        left += children[process]
+    return found
 
 
 def interleaved(

@@ -1,6 +1,7 @@
 """Anonymous memory of a merge, in models above the K that are merged, which stay in their files.
 
-Each merge runs in a process of its own, without an alignment, on 500 images: their batches' activations are included.
+Each merge runs in a process of its own, without an alignment where none is named, on 500 images: their batches'
+activations are included.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from fedmerge.state import num_bytes
 from fedmerge.updatefiles import read_update, update_to_bytes
 
 SHAPE = (3, 32, 32)
-STEPS = "steps=20:lrs=0.001"
+STEPS, LOW = "steps=20:lrs=0.001", "--low-memory"
 FULL = {
     ("vgg11", 10): (
         "mean",
         f"finetune:{STEPS}",
         f"np:{STEPS}:groups=channel",
+        f"np:{STEPS} {LOW}",
         f"np:{STEPS}:groups=parameter",
         f"np:{STEPS}:groups=parameter:form=box",
         f"np-pairwise:{STEPS}",
+        "weights+mean",
+        f"weights+mean {LOW}",
     ),
-    ("resnet18", 100): ("mean", f"np:{STEPS}:groups=channel", f"np:{STEPS}:groups=parameter"),
+    ("resnet18", 100): (
+        "mean",
+        f"np:{STEPS}:groups=channel",
+        f"np:{STEPS} {LOW}",
+        f"np:{STEPS}:groups=parameter",
+    ),
 }
-QUICK = {("cnn@0.1", 3): ("mean", f"np:{STEPS}:groups=parameter")}
+QUICK = {("cnn@0.1", 3): ("mean", f"np:{STEPS} {LOW}", f"np:{STEPS}:groups=parameter")}
 
 
 def benchmark(quick: bool) -> list[Row]:
@@ -76,6 +85,8 @@ def _write(folder: Path, name: str, count: int) -> int:
 
 def _merge(folder: Path, name: str, merge: str) -> None:
     """Merge the models of a folder, and print what it took as JSON."""
+    method, _, low = merge.partition(" ")
+    align, merge = method.split("+") if "+" in method else ("identity", method)
     torch.set_num_threads(1)
     model = create(name, shape=SHAPE, num_classes=10, seed=0)
     chance = torch.Generator().manual_seed(0)
@@ -83,7 +94,8 @@ def _merge(folder: Path, name: str, merge: str) -> None:
     updates = [read_update(path) for path in sorted(folder.iterdir())]
     before = anonymous() or 0
     with Peak() as peak:
-        outcome = merge_updates(Problem(model, data), updates, align="identity", merge=merge, seed=0, screen="off")
+        problem = Problem(model, data, low_memory=low == LOW)
+        outcome = merge_updates(problem, updates, align=align, merge=merge, seed=0, screen="off")
     growth = peak.bytes or 0
     print(json.dumps({"growth": growth, "highest": before + growth, "seconds": outcome.seconds}))
 

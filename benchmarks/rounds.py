@@ -8,16 +8,14 @@ With one image a client there is next to nothing to train: what is left over is 
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import _pfl
 import torch
 from _flower import app_of
-from _measure import Row, Timing, main
+from _measure import Row, Timing, main, tree_seconds
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid
 from torch.nn import functional
@@ -28,12 +26,12 @@ from fedmerge.federation import Federation
 from fedmerge.seeds import derive
 from fedmerge.simulation import simulation
 from fedmerge.sitedata import ImageFormat
-from fedmerge.strategy import OneShotMerge
+from fedmerge.strategy import OneShotMerge, OnRound
 from fedmerge.wire import arrays_from_state
 
 Measure = Callable[[Config, int], tuple[Timing, Timing]]
 
-TICKS = os.sysconf("SC_CLK_TCK")
+COLUMNS = ("round, CPU ms", "bare loop, CPU ms", "ratio", "more, CPU ms a client", "round, wall s")
 COMMON = Config(
     data="fashion-mnist",
     split="development",
@@ -77,25 +75,6 @@ class Rounds:
         """Return ours and the floor, but for the first round, which starts the actors."""
         ours, bare = [zip(*measurements[1:], strict=True) for measurements in (self.ours, self.bare)]
         return Timing(*map(tuple, ours)), Timing(*map(tuple, bare))
-
-
-def tree_seconds() -> float:
-    """Return the user and system time of this process and all that descend from it, ended ones included."""
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    seconds: dict[int, float] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        children[int(fields[1])].append(int(stat.parent.name))
-        seconds[int(stat.parent.name)] = sum(map(int, fields[11:15])) / TICKS
-    found, left = 0.0, [os.getpid()]
-    while left:
-        process = left.pop()
-        found += seconds.get(process, 0.0)
-        left += children[process]
-    return found
 
 
 def bare_loop(config: Config, examples: Federation) -> Callable[[], object]:
@@ -158,7 +137,21 @@ def measured_under_flower(config: Config, repeats: int) -> tuple[Timing, Timing]
     return rounds.timings()
 
 
-def run_rounds(grid: Grid, config: Config, rounds: Rounds, count: int) -> None:
+def measured_under_pfl(config: Config, repeats: int) -> tuple[Timing, Timing]:
+    """Return what `measured` does, of the same clients' images under pfl.
+
+    Args:
+        config: the federation's configuration.
+        repeats: rounds that count.
+    """
+    examples = federation.load(config)
+    rounds = Rounds(bare_loop(config, examples))
+    data = [examples.client(number) for number in range(config.clients)]
+    _pfl.run(config, _model(config, examples), data, repeats + 1, rounds)
+    return rounds.timings()
+
+
+def run_rounds(grid: Grid, config: Config, rounds: OnRound, count: int) -> None:
     """Run rounds over a grid.
 
     Args:
@@ -202,24 +195,24 @@ def benchmark(quick: bool) -> list[Row]:
     for clients in (20, 100):
         config = tiny.replace(clients=clients, client_examples=clients)
         cases[f"mlp@0.05, 1 image each, {clients} clients, Flower's engine"] = measured_under_flower, config
+    for model in ("cnn", "mlp"):
+        cases[f"{model}, Dirichlet(0.3), pfl"] = measured_under_pfl, mlp.replace(model=model)
+    cases["mlp@0.05, 1 image each, 100 clients, pfl"] = measured_under_pfl, config
     if quick:
         few = COMMON.replace(clients=4, client_examples=4, partition="iid", data="digits")
-        cases = {"1 image each": (measured, few), "2 side by side": (measured, few.replace(batched_clients=2))}
+        side = few.replace(batched_clients=2)
+        cases = {"alone": (measured, few), "2 side by side": (measured, side), "pfl": (measured_under_pfl, few)}
     rows: list[Row] = []
     for name, (measure, config) in cases.items():
+        if measure is measured_under_pfl and not _pfl.installed():
+            rows.append({"federation": name, **dict.fromkeys(COLUMNS, "not installed")})
+            continue
         ours, bare = measure(config, 1 if quick else 3)
         pairs = list(zip(ours.cpu, bare.cpu, strict=True))
         over = sorted((mine - floor) / config.clients for mine, floor in pairs)[len(pairs) // 2]
-        rows.append(
-            {
-                "federation": name,
-                "round, CPU ms": ours.milliseconds,
-                "bare loop, CPU ms": bare.milliseconds,
-                "ratio": ours.over(bare),
-                "more, CPU ms a client": f"{1e3 * over:.2f}",
-                "round, wall s": f"{sorted(ours.wall)[len(ours.wall) // 2]:.2f}",
-            }
-        )
+        wall = sorted(ours.wall)[len(ours.wall) // 2]
+        cells = (ours.milliseconds, bare.milliseconds, ours.over(bare), f"{1e3 * over:.2f}", f"{wall:.2f}")
+        rows.append({"federation": name, **dict(zip(COLUMNS, cells, strict=True))})
     return rows
 
 

@@ -93,8 +93,8 @@ def merge(
 
     SOURCES are run folders, or safetensors checkpoints (then --model and --data are needed, and --models if their
     architectures differ). The results of a run folder go into it, or into a new one with --out; those of checkpoints
-    into a new one. A run's configuration counts; --server-labels and --server-limit alone may differ from it, and then
-    the results go into a new folder.
+    into a new one. A run's configuration counts; --server-labels, --server-limit and --low-memory alone may differ from
+    it, and then the results go into a new folder.
     """
     with session(quiet, as_json) as (console, stack):
         from fedmerge import checkpoints

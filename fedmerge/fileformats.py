@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge.idxfiles import read_idx_file
 from fedmerge.settings import ConfigurationError
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -56,7 +55,7 @@ def read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
     Raises:
         ConfigurationError: if a file is damaged, or they do not belong together.
     """
-    images, labels = _read_idx_file(images_path), _read_idx_file(labels_path)
+    images, labels = read_idx_file(images_path), read_idx_file(labels_path)
     if len(images) != len(labels) or len(images) == 0:
         raise ConfigurationError(
             f"expected as many images as labels, got {len(images)} in {images_path} and {len(labels)} in {labels_path}"
@@ -64,20 +63,6 @@ def read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
     if int(labels.max()) >= num_classes:
         raise ConfigurationError(f"{labels_path} is damaged: expected labels below {num_classes}, got {labels.max()}")
     return Part(images.unsqueeze(1), labels)
-
-
-def _read_idx_file(path: Path) -> Tensor:
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-    from torchvision.datasets.utils import extract_archive
-
-    reader = read_label_file if "labels" in path.name else read_image_file
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            plain = extract_archive(path, folder) if path.suffix == ".gz" else path
-            tensor: Tensor = reader(plain)
-            return tensor
-    except (AssertionError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, zlib.error) as error:
-        raise ConfigurationError(f"{path} is not a readable idx file: {one_line(error)}") from error
 
 
 def read_sheets(found: Mapping[str, Path]) -> tuple[Part, Part]:

@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmerge.config import Config
 from fedmerge.metrics import PARTITION_ID
+from fedmerge.settings import Value
 from fedmerge.wire import NUM_PARTITIONS
 
 RUN_ID = 1
@@ -46,12 +47,18 @@ def set_message_id(message: Message) -> str:
     return message_id
 
 
-def node_context(config: Config, partition_id: int) -> Context:
-    """Return the context in which a client's node runs the app."""
+def node_context(config: Config, partition_id: int, *, settings: dict[str, Value] | None = None) -> Context:
+    """Return the context in which a client's node runs the app.
+
+    Args:
+        config: the federation's configuration.
+        partition_id: the client's number, from 0.
+        settings: the configuration's mapping, where it is made once for many; nobody changes it.
+    """
     return Context(
         run_id=RUN_ID,
         node_id=FIRST_NODE_ID + partition_id,
         node_config={PARTITION_ID: partition_id, NUM_PARTITIONS: config.clients},
         state=RecordDict(),
-        run_config=config.to_mapping(),
+        run_config=config.to_mapping() if settings is None else settings,
     )

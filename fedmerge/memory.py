@@ -22,8 +22,8 @@ INTERVAL = 0.02
 
 CPU = torch.device("cpu")
 ADVICE = (
-    "merge on a larger machine, or by coefficients of whole channels (np:groups=channel), not aligned; where a GPU is "
-    "too small, on the CPU (--device cpu)"
+    "give --low-memory, which keeps in files what is only read, or merge on a larger machine; where a GPU is too "
+    "small, on the CPU (--device cpu)"
 )
 
 

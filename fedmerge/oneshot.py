@@ -25,6 +25,9 @@ from fedmerge.statistics import rebased
 
 logger = logging.getLogger(__name__)
 
+ALIGNED_AT_ONCE = 2
+"""States that an alignment holds where memory is short: one as it comes, and as it goes to its file."""
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -222,8 +225,8 @@ def align_updates(problem: Problem, updates: Sequence[Update], *, align: str, se
     if align != "identity" and len(ordered) > 1:
         reference, losses = best_client(problem, ordered)
         diagnostics["reference"] = ordered[reference].partition_id
-    copies = 0 if align == "identity" else len(states)
-    with _foreseen(problem, copies, f"an alignment of {copies} models") as peak:
+    copies = 0 if align == "identity" else ALIGNED_AT_ONCE if problem.low_memory else len(states)
+    with _foreseen(problem, copies, f"an alignment of {len(states)} models") as peak:
         found: Aligned = aligner(problem, states, reference, generator=generator(seed, "align"))
     aligned = [replace(update, state=state) for update, state in zip(ordered, found.states, strict=True)]
     if getattr(aligner, "parts", False):  # parts of a mean, which no label counts can weigh
@@ -258,7 +261,10 @@ def merge_aligned(problem: Problem, alignment: Alignment, *, merge: str, seed: i
     merger = resolve("merger", merge, MERGERS)
     count = len(alignment.updates)
     held = getattr(merger, "held", None)
-    with _foreseen(problem, held(count) if held else 1, f"'{merge}' of {count} models") as peak:
+    states = held(count) if held else 1
+    if problem.low_memory:
+        states = getattr(merger, "held_low", states)
+    with _foreseen(problem, states, f"'{merge}' of {count} models") as peak:
         found: Merged = merger(problem, alignment.updates, generator=generator(seed, "merge"))
     seconds = alignment.seconds + time.perf_counter() - started
     logger.info("merged %d models by '%s' in %.1f s", len(alignment.updates), merge, seconds)

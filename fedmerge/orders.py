@@ -98,8 +98,11 @@ class Order:
     def _recipe(self, server_round: int) -> LocalTraining:
         config = self.config
         low, high = config.epochs_range
+        epochs = low
+        if high > low:
+            epochs = int(torch.randint(low, high + 1, (), generator=self.chance("epochs", server_round)))
         return LocalTraining(
-            epochs=int(torch.randint(low, high + 1, (), generator=self.chance("epochs", server_round))),
+            epochs=epochs,
             batch_size=config.batch_size,
             lr=config.lr,
             momentum=config.momentum,

@@ -1,6 +1,7 @@
 """Partitions: how images are divided among clients, as lists of indices, and stratified samples.
 
-Flower's partitioners (flwr-datasets) divide where they can give every image to exactly one client; the others are here.
+Flower's partitioners (flwr-datasets) divide by Dirichlet's distribution; importing them takes seconds, so the divisions
+that are a cut of the list are here, and give what Flower's give.
 All work on the labels alone, in an order that the seed has shuffled.
 """
 
@@ -147,9 +148,7 @@ class _Division:
 
 
 def _iid(task: _Division) -> list[Tensor]:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return _by_flower(IidPartitioner(task.num_clients), task)
+    return list(torch.arange(len(task.labels)).tensor_split(task.num_clients))
 
 
 def _dirichlet(task: _Division) -> list[Tensor]:
@@ -178,13 +177,11 @@ def _dirichlet_equal(task: _Division) -> list[Tensor]:
 
 
 def _quantity(task: _Division) -> list[Tensor]:
-    from flwr_datasets.partitioner import SizePartitioner
-
     shares = np.random.default_rng(fork(task.generator)).dirichlet([task.alpha] * task.num_clients)
     spare = len(task.labels) - task.num_clients * task.least
     bounds = np.floor(np.cumsum(shares)[:-1] * spare).astype(int)
     sizes = task.least + np.diff(bounds, prepend=0, append=spare)
-    return _by_flower(SizePartitioner(sizes.tolist()), task)
+    return list(torch.split(torch.arange(len(task.labels)), sizes.tolist()))
 
 
 def _disjoint(task: _Division) -> list[Tensor]:

@@ -18,8 +18,8 @@ from fedmerge.settings import ConfigurationError, flag, known
 
 MACHINE = ("out", "ray_address", "client_cpus", "client_gpus", "timeout")
 """Settings that change where a run happens and not what it computes: `--resume` may change them."""
-BUDGETS = ("server_labels", "server_limit")
-"""Settings of what the server uses of its images: `fedmerge merge` may change them, as no client depends on them."""
+BUDGETS = ("server_labels", "server_limit", "low_memory")
+"""Settings of what the server uses, images and memory: `fedmerge merge` may change them; no client depends on them."""
 
 
 def prepare(
@@ -69,14 +69,14 @@ def rebudgeted(run: Run, budgets: Mapping[str, int], *, apart: bool) -> Config:
     Args:
         run: the run whose updates are merged.
         budgets: the fields of `BUDGETS` that were given.
-        apart: whether the results go into a folder of their own, which they must if the server uses other data.
+        apart: whether the results go into a folder of their own, which they must if the server uses others.
 
     Raises:
-        ConfigurationError: if results of different data of the server would lie in one folder.
+        ConfigurationError: if results of different budgets of the server would lie in one folder.
     """
     config = run.config
     wanted = config.replace(**budgets)
-    numbers = [(each.num_server_images, each.num_server_labels) for each in (config, wanted)]
+    numbers = [(each.num_server_images, each.num_server_labels, each.low_memory) for each in (config, wanted)]
     if numbers[0] == numbers[1]:
         return config
     if not apart:

@@ -19,6 +19,7 @@ from fedmerge.examples import UNKNOWN as UNKNOWN
 from fedmerge.examples import Examples as Examples
 from fedmerge.seeds import generator
 from fedmerge.spaces import Space
+from fedmerge.spilled import spilled
 from fedmerge.state import StateDict
 from fedmerge.symmetry import symmetry
 
@@ -122,6 +123,8 @@ class Problem:
         others: the architectures that clients may have and the server has not, by name.
         truth_judges: what is learned is judged by the known classes, whatever the targets that it learns from.
         mixtures: images made of the server's, with targets: they are learned from, and nothing else.
+        low_memory: states that are only read lie in files (`fedmerge.spilled`), and a learned mixture has a coefficient
+            for each output channel, which takes no moments of the parameters.
     """
 
     model: nn.Module
@@ -135,6 +138,7 @@ class Problem:
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     truth_judges: bool = False
     mixtures: Examples | None = None
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
@@ -206,6 +210,10 @@ class Problem:
         """The examples that judge models to which nothing was fitted: the validation part, or all of known classes."""
         return self.labelled if self.refits else self.folds[0][1]
 
+    def kept(self, state: StateDict) -> StateDict:
+        """Return a state that is held for later, to be read alone: in a file, where memory is short."""
+        return spilled(state) if self.low_memory else state
+
     def restricted(self, data: Examples) -> Problem:
         """Return the problem of a server that owns `data` alone."""
         return self.changed(data=data)
@@ -270,7 +278,8 @@ class Merger(Protocol):
     attribute `needs`, a set of `LABELS` and `LABEL_COUNTS`. One that works also where the uniform mean of the states is
     all that they mean (aligners whose attribute `parts` is true) tells so by an attribute `takes_parts`. One that takes
     updates of several architectures (`Update.model`) tells so by an attribute `takes_architectures`. One that holds
-    more than one state beside K models tells how many, at least, by a method `held(K)`.
+    more than one state beside K models tells how many, at least, by a method `held(K)`; if they are fewer with
+    `Problem.low_memory`, by an attribute `held_low`.
     """
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:

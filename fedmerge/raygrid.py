@@ -43,6 +43,7 @@ class Clients:
         self._config = Config.from_mapping(settings)
         self._load = lambda _: examples
         self._app = client_app(self._load)
+        self._settings = self._config.to_mapping()
 
     def answer(self, messages: Sequence[Message], content: RecordDict) -> list[Message]:
         """Return the clients' replies to messages that travelled without their content.
@@ -51,7 +52,9 @@ class Clients:
             messages: one, or those of clients that train side by side.
             content: of each.
         """
-        contexts = [flower.node_context(self._config, partition_of(message)) for message in messages]
+        contexts = [
+            flower.node_context(self._config, partition_of(message), settings=self._settings) for message in messages
+        ]
         for message in messages:
             message.content = content
         if len(messages) == 1:

@@ -169,6 +169,7 @@ class _Session:
             screen=config.screen,
             seed=config.seed,
             batch_size=config.batch_size,
+            low_memory=config.low_memory,
             min_completed=config.min_completed,
             send_arrays_first_round=config.init == "shared" or config.anchor,
             anchor=config.anchor and config.init != "shared",

@@ -6,6 +6,7 @@ in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite: a sum of others never is, and it is the faster look."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(abs(tensor.sum().item())) or bool(torch.isfinite(tensor).all())
 
 
 def _kind(tensor: Tensor) -> str:

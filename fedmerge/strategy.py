@@ -61,6 +61,7 @@ class OneShotMerge(FedAvg):
         screen: "auto" to leave out clients whose models are of no use, or "off".
         seed: of the merge, and of the choice of clients where `fraction_train` is below 1.
         batch_size: examples in a step of a learned merge.
+        low_memory: keep in files what a merge only reads, and tie its coefficients by channel.
         min_completed: fewer good updates than this fail the round.
         send_arrays_first_round: False where clients start from initialisations of their own.
         anchor: what the first round sends is no start: clients fit their units to it (`fedmerge.anchor`).
@@ -92,6 +93,7 @@ class OneShotMerge(FedAvg):
         screen: str = "auto",
         seed: int = 0,
         batch_size: int = 32,
+        low_memory: bool = False,
         min_completed: int = 2,
         send_arrays_first_round: bool = True,
         anchor: bool = False,
@@ -119,6 +121,7 @@ class OneShotMerge(FedAvg):
             data=laid_out(model, data),
             seed=seed,
             batch_size=batch_size,
+            low_memory=low_memory,
             progress=progress,
             others={name: copy.deepcopy(other).to(where).eval() for name, other in (others or {}).items()},
         )

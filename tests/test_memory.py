@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,21 @@ from fedmerge import memory
 from fedmerge.catalogue import MERGERS, resolve
 from fedmerge.memory import Peak, TooLarge, anonymous, available, foreseen, require
 from fedmerge.oneshot import merge_updates
+from fedmerge.problem import Problem, Update
+from fedmerge.settings import ConfigurationError
+from fedmerge.spilled import spilled
+from fedmerge.state import num_bytes
 from fedmerge.updatefiles import read_update, update_to_bytes
+
+
+def doubled(name: str) -> tuple[Problem, list[Update]]:
+    """A problem and its updates in float64."""
+    problem, updates = problem_of(name), trained(name)
+    data = replace(problem.data, images=problem.data.images.double())
+    states = [{key: tensor.double() for key, tensor in update.state.items()} for update in updates]
+    changed = replace(problem, model=copy.deepcopy(problem.model).double(), data=data, start=None)
+    return changed, [replace(update, state=state) for update, state in zip(updates, states, strict=True)]
+
 
 SYSTEM = "MemTotal:  3000 kB\nMemAvailable:   2000 kB\n"
 
@@ -107,6 +123,78 @@ def test_updates_from_files_are_mapped_and_merge_to_the_same_bits(tmp_path: Path
         assert all(torch.equal(tensor, other.merged.state[name]) for name, tensor in one.merged.state.items())
     for update, item in zip(updates, mapped, strict=True):
         assert all(torch.equal(tensor, item.state[name]) for name, tensor in update.state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_a_spilled_state_is_the_same_in_any_layout(dtype: torch.dtype) -> None:
+    numbers = torch.arange(120_000).view(300, 400)
+    state = {
+        "large": numbers.to(dtype),
+        "turned": numbers.T.to(dtype),
+        "small": numbers[0].to(dtype),
+        "one": torch.ones(()),
+    }
+    found = spilled(state)
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+        assert found[name].data_ptr() != tensor.data_ptr()
+
+
+def test_a_spilled_state_takes_no_anonymous_memory() -> None:
+    if anonymous() is None:
+        pytest.skip("the system does not tell")
+    script = """
+import torch
+from fedmerge.memory import anonymous
+from fedmerge.spilled import spilled
+state = {"w": torch.ones(100_000_000)}
+held = anonymous()
+state = spilled(state)
+assert float(state["w"][::4096].sum()) == 24415
+print(held - anonymous())
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(told) > 250_000_000
+
+
+@pytest.mark.parametrize("merge", ["np", "np:start=examples", "np:form=box", "np:form=free", "np:form=shrink"])
+def test_a_merge_in_little_memory_is_that_of_coefficients_of_channels(merge: str) -> None:
+    problem, updates = doubled("mlp@0.5")
+    options = ":".join([merge, "steps=20:lrs=0.01"]) if ":" not in merge else f"{merge}:steps=20:lrs=0.01"
+    least = problem.changed(low_memory=True)
+    found = merge_updates(least, updates, align="activations", merge=options, seed=0)
+    wanted = merge_updates(problem, updates, align="activations", merge=f"{options}:groups=channel", seed=0)
+    for name, tensor in wanted.merged.state.items():
+        torch.testing.assert_close(found.merged.state[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("align", ["activations", "weights", "cca:ridges=1", "zipit"])
+def test_an_alignment_in_little_memory_is_the_same(align: str) -> None:
+    problem, updates = problem_of("mlp@0.5"), trained("mlp@0.5")
+    least = problem.changed(low_memory=True)
+    one, other = (merge_updates(each, updates, align=align, merge="mean", seed=0) for each in (problem, least))
+    assert all(torch.equal(tensor, other.merged.state[name]) for name, tensor in one.merged.state.items())
+
+
+def test_coefficients_of_parameters_are_refused_in_little_memory() -> None:
+    least = problem_of("mlp@0.5").changed(low_memory=True)
+    with pytest.raises(ConfigurationError, match="groups=parameter keeps more than --low-memory allows"):
+        merge_updates(least, trained("mlp@0.5"), align="identity", merge="np:groups=parameter", seed=0)
+
+
+def test_less_memory_is_foreseen_and_its_lack_refused_with_the_way_out(system: Path) -> None:
+    problem, updates = problem_of("mlp@0.5"), trained("mlp@0.5")
+    size = num_bytes(problem.model.state_dict())
+    (system / "meminfo").write_text(f"MemAvailable: {4 * size // 1024} kB\n")
+    with pytest.raises(TooLarge, match=r"holds 7 such states.*: give --low-memory"):
+        merge_updates(problem, updates, align="identity", merge="np", seed=0)
+    least = problem.changed(low_memory=True)
+    merge_updates(least, updates, align="activations", merge="np:steps=20:lrs=0.01", seed=0)
+    (system / "meminfo").write_text(f"MemAvailable: {5 * size // 2 // 1024} kB\n")
+    with pytest.raises(TooLarge, match=r"'np' of 3 models.*holds 3 such states"):
+        merge_updates(least, updates, align="activations", merge="np", seed=0)
 
 
 @pytest.mark.parametrize("name", ["np", "np:groups=in-out", "np:groups=coarse-to-fine", "np:form=box", "np-pairwise"])

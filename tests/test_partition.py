@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from flwr_datasets.partitioner import IidPartitioner, SizePartitioner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,6 +53,16 @@ def test_every_example_belongs_to_exactly_one_client(
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(size))
     assert min(map(len, parts)) >= minimum
     assert all(part.dtype == torch.int64 and bool((part.diff() > 0).all()) for part in parts)
+
+
+@pytest.mark.parametrize(("size", "num_clients"), [(41, 2), (40, 8), (1203, 7)])
+def test_cuts_of_the_list_are_those_of_flowers_partitioners(size: int, num_clients: int) -> None:
+    task = partition._Division(some_labels(size), num_clients, 0.5, 3, generator(0))
+    by_flower = partition._by_flower(IidPartitioner(num_clients), task)
+    assert all(map(torch.equal, by_flower, partition._iid(task)))
+    found = partition._quantity(task)
+    by_flower = partition._by_flower(SizePartitioner(list(map(len, found))), task)
+    assert all(map(torch.equal, by_flower, found))
 
 
 def test_clients_with_the_same_images_have_all_of_them() -> None:

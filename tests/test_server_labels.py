@@ -312,6 +312,17 @@ def test_one_training_serves_several_budgets_of_labels_each_in_its_folder(tmp_pa
     assert [line["method"] for line in run.results()] == ["mean"]
 
 
+def test_a_run_is_merged_again_in_little_memory(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    words = "merge", run.path, "--low-memory", "--methods", f"np:{QUICK}"
+    assert "--low-memory is True, but the run in" in run_command(*words).output
+    result = run_command(*words, "--out", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    again = Run.open(tmp_path / "small")
+    assert again.config == run.config.replace(low_memory=True)
+    assert [line["status"] for line in again.results()] == ["ok"]
+
+
 def test_one_training_serves_several_budgets_of_images(tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
     methods = ("--methods", f"mean,np:{QUICK},np-distill:{QUICK}")

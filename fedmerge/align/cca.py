@@ -92,6 +92,8 @@ def canonical_map(
 ) -> Float64[Tensor, "units units"]:
     """Return T = S_yy^-1/2 V Uᵀ S_xx^1/2, where U Σ Vᵀ = S_xx^-1/2 S_xy S_yy^-1/2.
 
+    Any roots give the same T: here S = L Lᵀ (Cholesky), T = L_y⁻ᵀ V Uᵀ L_xᵀ, where U Σ Vᵀ = L_x⁻¹ S_xy L_y⁻ᵀ.
+
     Args:
         reference: S_xx, positive definite.
         cross: S_xy, rows for x.
@@ -103,12 +105,8 @@ def canonical_map(
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """
-    u, _, vh = torch.linalg.svd(_power(reference, -0.5) @ cross @ _power(other, -0.5))
-    change: Tensor = _power(other, -0.5) @ vh.T @ u.T @ _power(reference, 0.5)
+    of_reference, of_other = torch.linalg.cholesky(reference), torch.linalg.cholesky(other)
+    half = torch.linalg.solve_triangular(of_reference, cross, upper=False)
+    u, _, vh = torch.linalg.svd(torch.linalg.solve_triangular(of_other, half.T, upper=False).T)
+    change: Tensor = torch.linalg.solve_triangular(of_other.T, vh.T @ (of_reference @ u).T, upper=True)
     return change
-
-
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    result: Tensor = (vectors * values.clamp(min=float(values.max()) * 1e-15) ** exponent) @ vectors.T
-    return result

@@ -88,9 +88,11 @@ class Comparison:
             changes: for each model, of each space.
         """
         return tuple(
-            {name: tensor.clone() for name, tensor in state.items()}
-            if model == self.reference
-            else rebase(state, self.problem.spaces, of_model)
+            self._kept(
+                {name: tensor.clone() for name, tensor in state.items()}
+                if model == self.reference
+                else rebase(state, self.problem.spaces, of_model)
+            )
             for model, (state, of_model) in enumerate(zip(self.states, changes, strict=True))
         )
 
@@ -102,7 +104,7 @@ class Comparison:
         """
         return Aligned(
             tuple(
-                {name: tensor.clone() for name, tensor in state.items()}
+                self._kept({name: tensor.clone() for name, tensor in state.items()})
                 if model == self.reference
                 else self.changed(
                     model,
@@ -134,7 +136,10 @@ class Comparison:
             of_reference = means[0], covariances[0].diagonal()
             targets.append(target(norm, axis, of_reference, (changes[number].write(means[1]), spread.square())))
         changed = rebase(fold(self.states[model], self.folding.norms), self.folding.spaces, changes)
-        return restore(changed, self.states[self.reference], targets)
+        return self._kept(restore(changed, self.states[self.reference], targets))
+
+    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(self.problem.kept(state))
 
 
 def aligned_by_choice(comparison: Comparison, candidates: Callable[[Comparison], Candidates]) -> Aligned:

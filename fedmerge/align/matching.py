@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedmerge.basis import Permutation
@@ -23,6 +22,8 @@ def match(scores: Float64[Tensor, "units units"]) -> Permutation:
         >>> match(torch.tensor([[0.1, 0.9], [0.8, 0.2]])).index
         tensor([1, 0])
     """
+    from scipy.optimize import linear_sum_assignment  # half a second that a client has no use for
+
     _, columns = linear_sum_assignment(scores.numpy(), maximize=True)
     return Permutation(torch.from_numpy(columns))
 

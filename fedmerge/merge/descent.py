@@ -138,10 +138,13 @@ def descend(
                 if means:
                     torch._foreach_lerp_(means, coordinates.values, 1 / number)
         with _at(coordinates, means) if means else nullcontext():
-            parameters = coordinates.parameters()
-            state = {name: tensor.clone() for name, tensor in {**parameters, **buffers}.items()}
+            found = {**coordinates.parameters(), **buffers}
+            reached = [
+                calibrate(problem.model, {name: found[name] for name in problem.model.state_dict()}, data.images)
+            ]
         done = look
-        yield calibrate(problem.model, {name: state[name] for name in problem.model.state_dict()}, data.images)
+        means.clear()
+        yield reached.pop()  # it is the caller's alone
 
 
 def gradients(
@@ -189,15 +192,19 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _at(coordinates: Coordinates, values: Sequence[Tensor]) -> Iterator[None]:
-    """Move the coordinates to some values inside the block."""
-    were = [value.clone() for value in coordinates.values]
-    for value, shown in zip(coordinates.values, values, strict=True):
-        value.copy_(shown)
+    """Move the coordinates to some values inside the block; `values` hold theirs meanwhile, which takes no memory."""
+    _exchange(coordinates.values, values)
     try:
         yield
     finally:
-        for value, was in zip(coordinates.values, were, strict=True):
-            value.copy_(was)
+        _exchange(coordinates.values, values)
+
+
+def _exchange(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for one, other in zip(some, others, strict=True):
+        was = one.clone()
+        one.copy_(other)
+        other.copy_(was)
 
 
 def _forever(num_examples: int, batch_size: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:

@@ -58,7 +58,7 @@ def learn(
     if best is None or problem.refits:
         state = _fitted(problem, chosen, buffers, schedule, steps, seed, findings)
     else:
-        state = best.state
+        state = dict(best.state)
     diagnostics = {
         **chosen.settings,
         "lr": chosen.lr,
@@ -134,7 +134,7 @@ class Course:
 
     losses: list[float]
     steps: int
-    state: dict[str, Tensor]
+    state: StateDict
     last: float
 
     @property
@@ -156,7 +156,8 @@ def _course(problem: Problem, candidate: Candidate, buffers: StateDict, schedule
     ]
     losses: list[float] = []
     best = Course([math.inf], 0, {}, math.inf)
-    for steps, states in zip(looks, zip(*descents, strict=True), strict=False):
+    for steps in looks:
+        states = [next(descent) for descent in descents]
         found = [
             evaluate(problem.model, [state], validation).loss
             for state, (_, validation) in zip(states, problem.folds, strict=True)
@@ -164,7 +165,8 @@ def _course(problem: Problem, candidate: Candidate, buffers: StateDict, schedule
         mean = sum(found) / len(found)
         losses.append(mean if math.isfinite(mean) else math.inf)
         if not best.state or losses[-1] < best.loss:
-            best = Course(losses.copy(), steps, states[0], losses[-1])
+            best = Course(losses.copy(), steps, problem.kept(states[0]), losses[-1])
+        del states  # they would be held in all the steps to come
         if steps - best.steps >= schedule.patience * schedule.check_every:
             break
     return replace(best, last=losses[-1])

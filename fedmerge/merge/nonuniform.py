@@ -30,6 +30,7 @@ from fedmerge.merge.pair import SigmoidPair
 from fedmerge.merge.starts import STARTS, starting
 from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, Span, Tied
 from fedmerge.problem import FEWEST_TO_SPLIT, LABEL_COUNTS, Merged, Problem, Update
+from fedmerge.settings import ConfigurationError
 from fedmerge.state import StateDict
 from fedmerge.train import evaluate
 
@@ -93,24 +94,33 @@ class NPMerge(Objective):
         check_budget(self.lrs, self.steps)
 
     def __call__(self, problem: Problem, updates: Sequence[Update], *, generator: torch.Generator) -> Merged:
-        """Learn the coefficients."""
+        """Learn the coefficients.
+
+        Raises:
+            ConfigurationError: if memory is short and coefficients are asked for that are not of channels.
+        """
         states = [update.state for update in updates]
         if len(states) == 1:
             return Merged(({name: tensor.clone() for name, tensor in states[0].items()},))
+        if problem.low_memory and self.groups not in ("auto", "channel"):
+            raise ConfigurationError(
+                f"groups={self.groups} keeps more than --low-memory allows, which is a coefficient for each channel: "
+                "leave out groups, or --low-memory"
+            )
         problem = self.teach(problem, updates)
         name = "mean" if self.start == "auto" and self.bounds is not None and self._coarse else self.start
         start = starting(name, problem, updates, best_share=self.best_share, smoothing=self.smoothing)
         if self.bounds is not None:
             start = start.within(*self.bounds)
-        first = start.state(states)
+        first = problem.kept(start.state(states))
         parameters, buffers = split_state(problem, first)
-        centre = None if self.form == "free" else mean_state(states)
+        centre = None if self.form == "free" else problem.kept(mean_state(states))
         given = Ingredients(parameters, states, start.shares(parameters), centre, affine=centre is not None)
         candidates = [
             Candidate({"groups": groups} | ({"pace": pace} if pace else {}), lr, make)
             for groups in self._groups(problem)
             for pace in (PACES if groups == "coarse-to-fine" else (0,))
-            for make in [self._mixture(given, groups, pace)]
+            for make in [self._mixture(given, groups, pace, problem.low_memory)]
             for lr in self.lrs
         ]
         schedule = Schedule(steps=self.steps, decay=self.decay, average=self.average, augment=self.augment)
@@ -144,6 +154,11 @@ class NPMerge(Objective):
         return 5
 
     @property
+    def held_low(self) -> int:
+        """As `held`, where memory is short: the mixture, its gradient, and a finished model."""
+        return 3
+
+    @property
     def bounds(self) -> tuple[float, float] | None:
         """The least and the greatest α."""
         return {"box": (self.low, self.high), "simplex": (0.0, 1.0)}.get(self.form)
@@ -156,9 +171,9 @@ class NPMerge(Objective):
     def _groups(self, problem: Problem) -> tuple[str, ...]:
         if self.groups != "auto":
             return (self.groups,)
-        return ("channel",) if len(problem.data) < FEWEST_TO_SPLIT else ("channel", "parameter")
+        return ("channel",) if problem.low_memory or len(problem.data) < FEWEST_TO_SPLIT else ("channel", "parameter")
 
-    def _mixture(self, given: Ingredients, groups: str, pace: int) -> Callable[[], Coordinates]:
+    def _mixture(self, given: Ingredients, groups: str, pace: int, light: bool) -> Callable[[], Coordinates]:
         def make() -> Coordinates:
             found: Span | Channels | Tied
             if groups == "parameter" and self.bounds is not None:
@@ -166,7 +181,7 @@ class NPMerge(Objective):
             if groups == "parameter":
                 found = Span(given)
             elif groups == "channel":
-                found = Channels(given, self.bounds)
+                found = Channels(given, self.bounds, light=light)
             elif groups in ("model", "tensor"):
                 found = Tied(given, groups, self.bounds)
             else:

@@ -176,12 +176,15 @@ class Channels(Streamed):
     Args:
         given: the models and the start.
         bounds: the least and the greatest coefficient, of an affine mixture; None: no bounds.
+        light: whether `values` are the coefficients, so that their means take no memory, and not the mixture, which
+            then is mixed anew whenever it is asked for.
     """
 
-    def __init__(self, given: Ingredients, bounds: tuple[float, float] | None = None) -> None:
+    def __init__(self, given: Ingredients, bounds: tuple[float, float] | None = None, *, light: bool = False) -> None:
         super().__init__(given)
-        self.values = list(self.weights.values())
+        self.light = light
         self.moved = {name: tensor.new_zeros(self.count, len(tensor)) for name, tensor in self.theta.items()}
+        self.values = list((self.moved if light else self.weights).values())
         self.moments = {name: Moments.zeros(tensor) for name, tensor in self.moved.items()}
         self.limits: dict[str, tuple[Tensor, tuple[float, float]]] = {}
         if bounds is not None:
@@ -190,6 +193,12 @@ class Channels(Streamed):
     def beta(self, name: str) -> Tensor:
         """Return β of a parameter."""
         return self._alike(name, self.moved[name][:, :, None])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the mixture; the next step or call changes it."""
+        for name, theta in self.theta.items() if self.light else ():
+            kernels.mix(theta, self.directions[name], self.start[name], self.moved[name])
+        return self.weights
 
     def step(self, gradients: Mapping[str, Tensor], rule: Adam) -> None:
         """Move the coefficients, bring them back within their bounds, and mix."""
