@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from _measure import HERE, Row, main, tree_seconds
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-from fedmerge.figures import LINES, WIDTH, styled, to_png, to_svg
+from fedmerge.figures import LINES, THEME, WIDTH, styled, to_png, to_svg
 from fedmerge.memory import Peak
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
@@ -35,6 +37,10 @@ from fedmerge.updatefiles import read_update, update_to_bytes
 FIGURES = HERE / "figures"
 SHAPE = (1, 28, 28)
 LAST = 4
+LEAST = 10.0
+"""MB of memory, below which the system's bookkeeping is what is measured."""
+SEPARATOR, UNKNOWN = " · ", "–"
+MEASURES = {"CPU s": "CPU exponent", "memory, MB": "memory exponent"}
 ROUNDS = 3
 
 
@@ -103,11 +109,6 @@ def benchmark(quick: bool) -> list[Row]:
         series: [_least(series, size, 1 if quick else 2) for size in series.sizes]
         for series in (QUICK if quick else FULL)
     }
-    if not quick:
-        FIGURES.mkdir(exist_ok=True)
-        figure = drawn(found)
-        (FIGURES / "growth.png").write_bytes(to_png(figure))
-        (FIGURES / "growth.svg").write_bytes(to_svg(figure))
     rows: list[Row] = []
     for series, points in found.items():
         seconds, peaks = zip(*points, strict=True)
@@ -115,14 +116,23 @@ def benchmark(quick: bool) -> list[Row]:
             {
                 "what": series.name,
                 "against": series.axis,
-                "at": " · ".join(f"{size:g}" for size in series.sizes),
-                "CPU s": " · ".join(f"{value:.3g}" for value in seconds),
+                "at": SEPARATOR.join(f"{size:g}" for size in series.sizes),
+                "CPU s": SEPARATOR.join(f"{value:.3g}" for value in seconds),
                 "CPU exponent": told(series.sizes, seconds),
-                "memory, MB": " · ".join(f"{value / 1e6:.0f}" for value in peaks),
-                "memory exponent": told(series.sizes, peaks),
+                "memory, MB": SEPARATOR.join(f"{value / 1e6:.0f}" for value in peaks),
+                "memory exponent": told(series.sizes, [value / 1e6 for value in peaks], LEAST),
             }
         )
+    if not quick:
+        draw(rows)
     return rows
+
+
+def draw(rows: Sequence[Row]) -> None:
+    """Write the figure of rows."""
+    FIGURES.mkdir(exist_ok=True)
+    (FIGURES / "growth.png").write_bytes(to_png(drawn(rows)))
+    (FIGURES / "growth.svg").write_bytes(to_svg(drawn(rows)))
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float] | np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -140,40 +150,55 @@ def exponent(sizes: Sequence[float], values: Sequence[float] | np.ndarray[Any, A
     return float(slope), float(np.sqrt((left**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum()))
 
 
-def told(sizes: Sequence[float], values: Sequence[float]) -> str:
-    """Return the exponent of the last points with its standard error."""
-    slope, error = exponent(sizes[-LAST:], np.maximum(values, 1e-9)[-LAST:])
-    return f"{slope:.2f} ± {error:.2f}"
+def told(sizes: Sequence[float], values: Sequence[float], least: float = 0.0) -> str:
+    """Return the exponent of the last points with its standard error; unknown if one is below what can be measured."""
+    if min(values[-LAST:]) <= least:
+        return UNKNOWN
+    slope, error = exponent(sizes[-LAST:], values[-LAST:])
+    return f"{slope + 0.0:.2f} ± {error:.2f}".replace("-0.00", "0.00")
 
 
-def drawn(found: dict[Series, list[tuple[float, float]]]) -> Figure:
-    """Draw each axis' series on logarithmic scales: CPU seconds above, memory below, lines through the last points."""
-    axes_names = list(dict.fromkeys(series.axis for series in found))
+def drawn(rows: Sequence[Row]) -> Figure:
+    """Draw each axis' rows on logarithmic scales: CPU seconds above, memory below, lines through the last points."""
+    names = list(dict.fromkeys(row["against"] for row in rows))
     with styled():
-        figure = Figure(figsize=(1.6 * WIDTH, 4.6), layout="constrained")
-        grid = figure.subplots(2, len(axes_names), sharex="col", squeeze=False)
-        for column, axis in enumerate(axes_names):
-            members = [(series, points) for series, points in found.items() if series.axis == axis]
-            for number, (series, points) in enumerate(members):
-                for row, values in enumerate(zip(*points, strict=True)):
-                    scaled = np.maximum(values, 1e-9) / (1e6 if row else 1)
-                    panel, colour = grid[row, column], LINES[number]
-                    panel.loglog(series.sizes, scaled, "os^"[number], color=colour, markersize=4)
-                    slope, _ = exponent(series.sizes[-LAST:], scaled[-LAST:])
-                    x = np.array(series.sizes[-LAST:])
-                    middle = np.exp(np.log(scaled[-LAST:]).mean()) * (x / np.exp(np.log(x).mean())) ** slope
-                    panel.loglog(x, middle, color=colour, linewidth=1, label=f"{series.name}: {slope:.2f}")
-            grid[1, column].set_xlabel(axis)
-            for panel in grid[:, column]:
-                panel.grid(color="#d8dee4", linewidth=0.5)
-                panel.minorticks_off()
-                panel.set_xticks(members[0][0].sizes, [f"{size:g}" for size in members[0][0].sizes])
-                panel.legend(frameon=False, fontsize=7)
-                low, high = panel.get_ylim()
-                panel.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
-        grid[0, 0].set_ylabel("CPU seconds")
-        grid[1, 0].set_ylabel("memory, MB")
+        figure = Figure(figsize=(1.7 * WIDTH, 5), layout="constrained")
+        grid = figure.subplots(2, len(names), sharex="col", squeeze=False)
+        for column, axis in enumerate(names):
+            members = [row for row in rows if row["against"] == axis]
+            for panel, (measure, fitted) in zip(grid[:, column], MEASURES.items(), strict=True):
+                for number, row in enumerate(members):
+                    _draw(panel, numbers(row["at"]), numbers(row[measure]), f"{row['what']}: {row[fitted]}", number)
+                _finish(panel, numbers(members[0]["at"]))
+            grid[1, column].set_xlabel(axis.replace(", ", "\n", 1))
+        for panel, measure in zip(grid[:, 0], MEASURES, strict=True):
+            panel.set_ylabel(measure)
     return figure
+
+
+def numbers(cell: str) -> list[float]:
+    """Return the numbers of a cell."""
+    return [float(part) for part in cell.split(SEPARATOR)]
+
+
+def _draw(panel: Axes, sizes: Sequence[float], values: Sequence[float], label: str, number: int) -> None:
+    seen = np.maximum(values, 0.5 if max(values) > 0.5 and min(values) == 0 else 0)
+    panel.loglog(sizes, seen, "os^"[number], color=LINES[number], markersize=4, label=label)
+    if UNKNOWN in label:
+        return
+    slope, _ = exponent(sizes[-LAST:], seen[-LAST:])
+    x, y = np.log(sizes[-LAST:]), np.log(seen[-LAST:])
+    panel.loglog(sizes[-LAST:], np.exp(y.mean() + slope * (x - x.mean())), color=LINES[number], linewidth=1)
+
+
+def _finish(panel: Axes, sizes: Sequence[float]) -> None:
+    panel.grid(color=THEME["rule"], linewidth=0.5)
+    panel.minorticks_off()
+    panel.set_xticks(sizes, [f"{size / 1000:g}k" if size >= 1000 else f"{size:g}" for size in sizes])
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+    panel.legend(frameon=False, fontsize=6.5, loc="upper left", handletextpad=0.2, borderaxespad=0)
 
 
 def _least(series: Series, size: float, repeats: int) -> tuple[float, float]:
@@ -195,8 +220,11 @@ def _merge(name: str, count: int, images: int, method: str) -> tuple[float, int]
     data = Examples(torch.randn(images, *SHAPE, generator=chance), torch.arange(images) % 10)
     with tempfile.TemporaryDirectory() as folder:
         for client in range(count):
-            state = create(name, shape=SHAPE, num_classes=10, seed=client).state_dict()
-            Path(folder, str(client)).write_bytes(update_to_bytes(Update(dict(state), 100, client)))
+            state = {  # near each other: a merge that diverges backs off and tries again
+                key: tensor + 0.001 * torch.randn(tensor.shape, generator=chance)
+                for key, tensor in model.state_dict().items()
+            }
+            Path(folder, str(client)).write_bytes(update_to_bytes(Update(state, 100, client)))
         updates = [read_update(path) for path in sorted(Path(folder).iterdir())]
         problem = Problem(model, data)
         problem.spaces  # noqa: B018 - found once, before
