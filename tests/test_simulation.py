@@ -172,8 +172,9 @@ def test_fractions_of_gpus_are_scheduled_and_clients_without_one_stay_on_the_cpu
         assert_trained(collect(grid, config, new_run(tmp_path, config), pause=0))
         assert grid._pool is not None
         assert len(grid._pool._actors) == 2
-    assert raygrid._actor_settings(CONFIG)["device"] == "cpu"
-    assert raygrid._actor_settings(CONFIG.replace(client_gpus=0.5))["device"] == "auto"
+    anywhere = CONFIG.replace(device="auto")
+    assert raygrid._actor_settings(anywhere)["device"] == "cpu"
+    assert raygrid._actor_settings(anywhere.replace(client_gpus=0.5))["device"] == "auto"
     assert raygrid._actor_settings(CONFIG.replace(device="cuda:0"))["device"] == "cuda:0"
 
 
