@@ -28,8 +28,8 @@ class LocalTraining:
         weight_decay: L2 penalty's factor.
         proximal_mu: μ of FedProx: the penalty μ/2 ‖θ − start‖² holds the weights near the start.
         schedule: how the learning rate decays to 0: "cosine" (half a period) or "linear".
-        warmup: share of the steps, in [0, 1), in which the learning rate first rises linearly. Without it, 2 of 25
-            small networks without normalisation collapsed at the default rate (Fashion-MNIST); with it, these did not.
+        warmup: share of the steps, in [0, 1), in which the learning rate first rises linearly. Without it, 2 of the
+            25 clients of a shared start in experiments/unlabelled.py collapsed (`--warmup 0`); with it, these did not.
     """
 
     epochs: int = 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,8 +17,6 @@ NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run pytest -m gpu on a machine with one"),
 ]
-FLOWER = pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="needs Flower")
-RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 DEVICE = "cuda"
 
 

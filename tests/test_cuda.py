@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import DEVICE, FLOWER, NEEDS_GPU, assert_close, in_doubles, moved, on_gpu
+from gpus import DEVICE, NEEDS_GPU, assert_close, in_doubles, moved, on_gpu
 from problems import SHAPE, blobs, doubles, problem_of, same, trained, with_statistics
 from test_batched import chain, convolutional, trainings
 from test_streamed import BOUNDS, FORMS, doubles_with_edges, stacked, start_of, streamed
@@ -39,7 +39,7 @@ def budget(name: str) -> str:
     return ":steps=20:lrs=0.01" if target in ("NPMerge", "PairwiseNPMerge", "FineTune", "AdaMerging") else ""
 
 
-MERGES = [pytest.param(name + budget(name), marks=FLOWER if name.startswith("flower-") else ()) for name in MERGERS]
+MERGES = [name + budget(name) for name in MERGERS]
 
 
 def stream() -> torch.Generator:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import DEVICE, FLOWER, NEEDS_GPU, RAY, assert_close, on_gpu
+from gpus import DEVICE, NEEDS_GPU, assert_close, on_gpu
 from problems import problem_of, same, trained
 
 from fedmerge.machine import choose_device
@@ -52,7 +52,6 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 # The federation.
 
 
-@FLOWER
 @pytest.mark.parametrize("name", ["mlp", "lenet5"])
 def test_clients_answer_side_by_side_as_alone(name: str) -> None:
     from test_together import CONFIG, messages, read
@@ -70,8 +69,6 @@ def test_clients_answer_side_by_side_as_alone(name: str) -> None:
         assert same(dict(together.state), dict(read(other, name).state))
 
 
-@FLOWER
-@RAY
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own
 @pytest.mark.parametrize("batched", [0, 1])
