@@ -25,9 +25,8 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock
 
-from fedmerge.fileformats import CIFAR10_CLASSES, IDX, SHEETS, one_line, read_idx, read_sheets
+from fedmerge.fileformats import CIFAR10_CLASSES, CLOTHES, DIGITS, IDX, SHEETS, one_line, read_idx, read_sheets
 from fedmerge.fileformats import Part as Part
-from fedmerge.idxfiles import CLOTHES, DIGITS
 from fedmerge.settings import ConfigurationError
 
 logger = logging.getLogger(__name__)

