@@ -16,9 +16,12 @@ from fedmerge.spaces import Space
 from fedmerge.state import StateDict
 from fedmerge.trace import RuleTable, traced
 
-BATCH = 128
+BATCH, CPU_BATCH = 128, 64
+"""Images that models see at once. Features of as many as on a GPU would, on CPUs, be fresh pages in each batch."""
 ROWS = 1 << 11
 """Samples that are shifted and multiplied at once: they stay in a processor's cache."""
+TILE = 128
+"""Units whose products are taken at once: below the diagonal, a model's own are not taken, since they are symmetric."""
 
 Pair = tuple[int, int]
 
@@ -148,7 +151,7 @@ def joint_moments(
     weights = [{name: tensor for name, tensor in state.items() if name in names} for state in states]
     sums = [_Sums() for _ in (*spaces, *alone)]
     order = sorted(range(len(states)), key=lambda index: -sum(index in pair for pair in pairs))
-    for batch in torch.split(images, BATCH):
+    for batch in torch.split(images, CPU_BATCH if images.device.type == "cpu" else BATCH):
         kept: dict[int, list[Tensor]] = {}
         for position, index in enumerate(order):
             found = functional_call(module, weights[index], (batch,))
@@ -199,7 +202,9 @@ class _Sums:
         for part in torch.split(features, ROWS):
             shifted = part - shift
             total += shifted.sum(0)
-            product.addmm_(shifted.T, shifted)
+            for left in range(0, len(shift), TILE):
+                tile = slice(left, left + TILE)
+                product[tile, left:].addmm_(shifted[:, tile].T, shifted[:, left:])
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
         self._keep(index, index, product)
@@ -212,7 +217,10 @@ class _Sums:
         self._keep(first, second, product)
 
     def _keep(self, first: int, second: int, product: Tensor) -> None:
-        self.second[first, second] = self.second.get((first, second), 0.0) + product.cpu().double()
+        if (first, second) in self.second:
+            self.second[first, second] += product.cpu()
+        else:
+            self.second[first, second] = product.cpu().double()
 
     def joint(self) -> Joint:
         (count,) = set(self.counts.values())
@@ -221,7 +229,13 @@ class _Sums:
             count,
             tuple(self.shifts[index].cpu() + means[index] for index in sorted(means)),
             {
-                (first, second): total / count - torch.outer(means[first], means[second])
+                (first, second): (_mirrored(total) if first == second else total) / count
+                - torch.outer(means[first], means[second])
                 for (first, second), total in self.second.items()
             },
         )
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix whose upper triangle is given."""
+    return upper.triu() + upper.triu(1).T
