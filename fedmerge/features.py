@@ -100,6 +100,19 @@ def with_reference(count: int, reference: int) -> set[Pair]:
     return {(min(reference, model), max(reference, model)) for model in range(count) if model != reference}
 
 
+def joint_size(spaces: Sequence[Space], models: int, pairs: int, alone: Sequence[Space] = ()) -> int:
+    """Return how many bytes the covariances of `joint_moments` take, on the CPU.
+
+    Args:
+        spaces: feature spaces in which models are compared.
+        models: how many there are.
+        pairs: how many pairs of them are compared.
+        alone: further spaces, of which only each model's own moments are wanted.
+    """
+    blocks = [(space.size, models + pairs) for space in spaces] + [(space.size, models) for space in alone]
+    return sum(torch.float64.itemsize * count * size**2 for size, count in blocks)
+
+
 def moments(
     model: nn.Module, spaces: Sequence[Space], states: Sequence[StateDict], reference: int, images: Tensor
 ) -> list[list[Moments]]:
