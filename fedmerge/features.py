@@ -20,6 +20,8 @@ BATCH, CPU_BATCH = 128, 64
 """Images that models see at once. Features of as many as on a GPU would, on CPUs, be fresh pages in each batch."""
 ROWS = 1 << 11
 """Samples that are shifted and multiplied at once: they stay in a processor's cache."""
+LATEST = 1 << 13
+"""Samples whose products are summed in their own precision, at least, before they are added in float64."""
 TILE = 128
 """Units whose products are taken at once: below the diagonal, a model's own are not taken, since they are symmetric."""
 
@@ -205,13 +207,14 @@ class _Sums:
         self.shifts: dict[int, Tensor] = {}
         self.first: dict[int, Tensor] = {}
         self.second: dict[Pair, Tensor] = {}
+        self.latest: dict[Pair, tuple[Tensor, int]] = {}
 
     def add(self, index: int, features: Tensor) -> None:
         """Add a model's features to its own sums."""
         if index not in self.shifts:
             self.shifts[index] = features.mean(0)
         shift = self.shifts[index]
-        total, product = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+        total, (product, seen) = torch.zeros_like(shift), self._latest(index, index)
         for part in torch.split(features, ROWS):
             shifted = part - shift
             total += shifted.sum(0)
@@ -220,22 +223,37 @@ class _Sums:
                 product[tile, left:].addmm_(shifted[:, tile].T, shifted[:, left:])
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
-        self._keep(index, index, product)
+        self._keep(index, index, product, seen + len(features))
 
     def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
         """Add the products of two models' shifted features."""
-        product = ours.new_zeros(ours.shape[1], theirs.shape[1])
+        product, seen = self._latest(first, second)
         for one, other in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
             product.addmm_((one - self.shifts[first]).T, other - self.shifts[second])
-        self._keep(first, second, product)
+        self._keep(first, second, product, seen + len(ours))
 
-    def _keep(self, first: int, second: int, product: Tensor) -> None:
+    def _latest(self, first: int, second: int) -> tuple[Tensor, int]:
+        """Return the sums of products that are not yet in float64, and of how many samples they are."""
+        if (first, second) not in self.latest:
+            shift = self.shifts[first]
+            self.latest[first, second] = shift.new_zeros(len(shift), len(shift)), 0
+        return self.latest[first, second]
+
+    def _keep(self, first: int, second: int, product: Tensor, seen: int) -> None:
+        self.latest[first, second] = product, seen
+        if seen >= LATEST:
+            self._add(first, second)
+
+    def _add(self, first: int, second: int) -> None:
+        product, _ = self.latest.pop((first, second))
         if (first, second) in self.second:
             self.second[first, second] += product.cpu()
         else:
             self.second[first, second] = product.cpu().double()
 
     def joint(self) -> Joint:
+        for pair in list(self.latest):
+            self._add(*pair)
         (count,) = set(self.counts.values())
         means = {index: total / count for index, total in self.first.items()}
         return Joint(
