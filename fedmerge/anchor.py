@@ -45,9 +45,7 @@ def anchored(
         generator: decides the order of the spaces.
     """
     spaces = symmetry(model, images)
-    fixed, moving = (
-        {name: weights[name].double().cpu() for name, _ in model.named_parameters()} for weights in (anchor, state)
-    )
+    fixed, moving = ({name: weights[name].cpu() for name, _ in model.named_parameters()} for weights in (anchor, state))
     changes, _ = match_weights(fixed, moving, spaces, rounds=ROUNDS, generator=generator)
     return rebase(state, spaces, changes)
 

@@ -16,9 +16,14 @@ from fedmerge.spaces import Space
 from fedmerge.state import StateDict
 from fedmerge.trace import RuleTable, traced
 
-BATCH = 128
+BATCH, CPU_BATCH = 128, 64
+"""Images that models see at once. Features of as many as on a GPU would, on CPUs, be fresh pages in each batch."""
 ROWS = 1 << 11
 """Samples that are shifted and multiplied at once: they stay in a processor's cache."""
+LATEST = 1 << 13
+"""Samples whose products are summed in their own precision, at least, before they are added in float64."""
+TILE = 128
+"""Units whose products are taken at once: below the diagonal, a model's own are not taken, since they are symmetric."""
 
 Pair = tuple[int, int]
 
@@ -97,6 +102,19 @@ def with_reference(count: int, reference: int) -> set[Pair]:
     return {(min(reference, model), max(reference, model)) for model in range(count) if model != reference}
 
 
+def joint_size(spaces: Sequence[Space], models: int, pairs: int, alone: Sequence[Space] = ()) -> int:
+    """Return how many bytes the covariances of `joint_moments` take, on the CPU.
+
+    Args:
+        spaces: feature spaces in which models are compared.
+        models: how many there are.
+        pairs: how many pairs of them are compared.
+        alone: further spaces, of which only each model's own moments are wanted.
+    """
+    blocks = [(space.size, models + pairs) for space in spaces] + [(space.size, models) for space in alone]
+    return sum(torch.float64.itemsize * count * size**2 for size, count in blocks)
+
+
 def moments(
     model: nn.Module, spaces: Sequence[Space], states: Sequence[StateDict], reference: int, images: Tensor
 ) -> list[list[Moments]]:
@@ -148,7 +166,7 @@ def joint_moments(
     weights = [{name: tensor for name, tensor in state.items() if name in names} for state in states]
     sums = [_Sums() for _ in (*spaces, *alone)]
     order = sorted(range(len(states)), key=lambda index: -sum(index in pair for pair in pairs))
-    for batch in torch.split(images, BATCH):
+    for batch in torch.split(images, CPU_BATCH if images.device.type == "cpu" else BATCH):
         kept: dict[int, list[Tensor]] = {}
         for position, index in enumerate(order):
             found = functional_call(module, weights[index], (batch,))
@@ -189,39 +207,66 @@ class _Sums:
         self.shifts: dict[int, Tensor] = {}
         self.first: dict[int, Tensor] = {}
         self.second: dict[Pair, Tensor] = {}
+        self.latest: dict[Pair, tuple[Tensor, int]] = {}
 
     def add(self, index: int, features: Tensor) -> None:
         """Add a model's features to its own sums."""
         if index not in self.shifts:
             self.shifts[index] = features.mean(0)
         shift = self.shifts[index]
-        total, product = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+        total, (product, seen) = torch.zeros_like(shift), self._latest(index, index)
         for part in torch.split(features, ROWS):
             shifted = part - shift
             total += shifted.sum(0)
-            product.addmm_(shifted.T, shifted)
+            for left in range(0, len(shift), TILE):
+                tile = slice(left, left + TILE)
+                product[tile, left:].addmm_(shifted[:, tile].T, shifted[:, left:])
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
-        self._keep(index, index, product)
+        self._keep(index, index, product, seen + len(features))
 
     def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
         """Add the products of two models' shifted features."""
-        product = ours.new_zeros(ours.shape[1], theirs.shape[1])
+        product, seen = self._latest(first, second)
         for one, other in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
             product.addmm_((one - self.shifts[first]).T, other - self.shifts[second])
-        self._keep(first, second, product)
+        self._keep(first, second, product, seen + len(ours))
 
-    def _keep(self, first: int, second: int, product: Tensor) -> None:
-        self.second[first, second] = self.second.get((first, second), 0.0) + product.cpu().double()
+    def _latest(self, first: int, second: int) -> tuple[Tensor, int]:
+        """Return the sums of products that are not yet in float64, and of how many samples they are."""
+        if (first, second) not in self.latest:
+            shift = self.shifts[first]
+            self.latest[first, second] = shift.new_zeros(len(shift), len(shift)), 0
+        return self.latest[first, second]
+
+    def _keep(self, first: int, second: int, product: Tensor, seen: int) -> None:
+        self.latest[first, second] = product, seen
+        if seen >= LATEST:
+            self._add(first, second)
+
+    def _add(self, first: int, second: int) -> None:
+        product, _ = self.latest.pop((first, second))
+        if (first, second) in self.second:
+            self.second[first, second] += product.cpu()
+        else:
+            self.second[first, second] = product.cpu().double()
 
     def joint(self) -> Joint:
+        for pair in list(self.latest):
+            self._add(*pair)
         (count,) = set(self.counts.values())
         means = {index: total / count for index, total in self.first.items()}
         return Joint(
             count,
             tuple(self.shifts[index].cpu() + means[index] for index in sorted(means)),
             {
-                (first, second): total / count - torch.outer(means[first], means[second])
+                (first, second): (_mirrored(total) if first == second else total) / count
+                - torch.outer(means[first], means[second])
                 for (first, second), total in self.second.items()
             },
         )
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix whose upper triangle is given."""
+    return upper.triu() + upper.triu(1).T

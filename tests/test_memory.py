@@ -6,21 +6,27 @@ import copy
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from problems import problem_of, trained
+from torch import Tensor
 
 from fedmerge import memory
-from fedmerge.catalogue import MERGERS, resolve
+from fedmerge.basis import rebase
+from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.features import joint_moments, joint_size
 from fedmerge.memory import Peak, TooLarge, anonymous, available, foreseen, require
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Problem, Update
 from fedmerge.settings import ConfigurationError
 from fedmerge.spilled import spilled
-from fedmerge.state import num_bytes
+from fedmerge.state import StateDict, num_bytes
 from fedmerge.updatefiles import read_update, update_to_bytes
 
 
@@ -191,10 +197,48 @@ def test_less_memory_is_foreseen_and_its_lack_refused_with_the_way_out(system: P
     with pytest.raises(TooLarge, match=r"holds 7 such states.*: give --low-memory"):
         merge_updates(problem, updates, align="identity", merge="np", seed=0)
     least = problem.changed(low_memory=True)
-    merge_updates(least, updates, align="activations", merge="np:steps=20:lrs=0.01", seed=0)
+    merge_updates(least, updates, align="weights", merge="np:steps=20:lrs=0.01", seed=0)
     (system / "meminfo").write_text(f"MemAvailable: {5 * size // 2 // 1024} kB\n")
     with pytest.raises(TooLarge, match=r"'np' of 3 models.*holds 3 such states"):
-        merge_updates(least, updates, align="activations", merge="np", seed=0)
+        merge_updates(least, updates, align="weights", merge="np", seed=0)
+
+
+@pytest.mark.parametrize("align", ["activations", "zipit"])
+def test_memory_for_covariances_is_foreseen_to_the_byte(system: Path, align: str) -> None:
+    problem, updates = problem_of("mlp@0.5").changed(low_memory=True), trained("mlp@0.5")
+    pairs = 2 if align == "activations" else 3
+    states = [update.state for update in updates]
+    joint = joint_moments(
+        problem.model, problem.spaces, states, problem.data.images, pairs=list(combinations(range(3), 2))[:pairs]
+    )
+    size = sum(matrix.nbytes for found in joint for matrix in found.covariances.values())
+    assert joint_size(problem.spaces, 3, pairs) == size
+    (system / "meminfo").write_text(f"MemAvailable: {size // 1024 - 1} kB\n")
+    with pytest.raises(TooLarge, match=rf"comparing 3 models' units, {pairs} pairs of models, .*--align weights"):
+        resolve("aligner", align, ALIGNERS)(problem, states, 0, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_matching_by_weights_copies_a_model_only_to_rename_it(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short, all but one of its copies are in files."""
+    problem, updates = problem_of("mlp@0.5").changed(low_memory=True), trained("mlp@0.5")
+    made: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def counted(state: StateDict, *arguments: Any) -> dict[str, Tensor]:
+        nonlocal most
+        found = rebase(state, *arguments)
+        made.append(weakref.ref(found["1.weight"]))
+        most = max(most, sum(one() is not None for one in made))
+        return found
+
+    for module in ("comparison", "running_mean"):
+        monkeypatch.setattr(f"fedmerge.align.{module}.rebase", counted)
+    states = [update.state for update in updates]
+    found = resolve("aligner", f"weights:passes={passes}", ALIGNERS)(problem, states, 0, generator=torch.Generator())
+    assert len(found.states) == 3
+    assert len(made) >= 2
+    assert most == 1
 
 
 @pytest.mark.parametrize("name", ["np", "np:groups=in-out", "np:groups=coarse-to-fine", "np:form=box", "np-pairwise"])

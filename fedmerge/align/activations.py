@@ -79,6 +79,7 @@ class Activations:
                 lambda mean, state: _matched_features(problem, mean, state),
                 passes=self.passes,
                 generator=generator,
+                kept=problem.kept,
             )
             changes = list(map(composed, changes, further))
             diagnostics["passes"] = done

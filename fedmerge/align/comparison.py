@@ -14,13 +14,18 @@ from torch import Tensor
 from fedmerge.align.choice import Candidates, choose
 from fedmerge.align.matching import correlation, match
 from fedmerge.basis import BasisChange, Permutation, Zip, rebase
-from fedmerge.features import Joint, Moments, joint_moments, with_reference
+from fedmerge.features import Joint, Moments, joint_moments, joint_size, with_reference
 from fedmerge.folding import FoldedNorm, Folding, Target, fold, restore
+from fedmerge.memory import require
 from fedmerge.problem import Aligned, Problem
 from fedmerge.spaces import Axis
 from fedmerge.state import StateDict
 
 SMALLEST_SPREAD = 1e-6
+ADVICE = (
+    "compare fewer models, merge on a larger machine, or match by weights (--align weights), which compares no units' "
+    "values; of all pairs of models, as zipit and universe compare, there are many more than of each with one"
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,23 @@ class Comparison:
 
     @cached_property
     def joint(self) -> list[Joint]:
-        """The moments of each space, and then those of each observed BatchNorm (`Folding.observed`)."""
+        """The moments of each space, and then those of each observed BatchNorm (`Folding.observed`).
+
+        Raises:
+            TooLarge: if there is not as much memory, which grows with the models.
+        """
         count = len(self.states)
+        pairs = set(combinations(range(count), 2)) if self.every_pair else with_reference(count, self.reference)
+        alone = self.folding.sites if self.folded else ()
+        size = joint_size(self.problem.spaces, count, len(pairs), alone)
+        require(size, f"comparing {count} models' units, {len(pairs)} pairs of models,", ADVICE)
         return joint_moments(
             self.problem.model,
             self.problem.spaces,
             self.states,
             self.problem.learn.images,
-            pairs=set(combinations(range(count), 2)) if self.every_pair else with_reference(count, self.reference),
-            alone=self.folding.sites if self.folded else (),
+            pairs=pairs,
+            alone=alone,
         )
 
     def moments(self, model: int) -> list[Moments]:

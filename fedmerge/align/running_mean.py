@@ -30,6 +30,7 @@ def matched_with_mean(
     *,
     passes: int,
     generator: torch.Generator,
+    kept: Callable[[StateDict], StateDict] = lambda state: state,
 ) -> tuple[list[list[Permutation]], int]:
     """Match each model with the mean of the others until nothing changes.
 
@@ -40,6 +41,7 @@ def matched_with_mean(
         matching: finds a model's permutations.
         passes: most passes over the models.
         generator: decides the order of the models in each pass.
+        kept: holds a renamed model, which is read again (`Problem.kept`).
 
     Returns:
         For each model the permutations of its spaces, which leave the reference as it is, and the passes that changed
@@ -55,7 +57,7 @@ def matched_with_mean(
             if all(torch.equal(change.index, torch.arange(change.size)) for change in changes):
                 continue
             changed = True
-            current[model] = rebase(current[model], spaces, changes)
+            current[model] = kept(rebase(current[model], spaces, changes))
             found[model] = composed(found[model], changes)
         if not changed:
             return _back(found, reference), done

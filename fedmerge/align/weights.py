@@ -71,10 +71,11 @@ class Weights:
         problem, reference = comparison.problem, comparison.reference
         seed = fork(generator)
         server_examples = 0
-        changes = [[Permutation(torch.arange(space.size)) for space in problem.spaces] for _ in comparison.states]
+        states = comparison.states
+        changes = [[Permutation(torch.arange(space.size)) for space in problem.spaces] for _ in states]
         if self.start == "activations":
             changes, server_examples = list(comparison.matches), len(problem.learn)
-        states = comparison.permuted(changes)
+            states = comparison.permuted(changes)
         fixed = _parameters(problem, states[reference])
         similarities = []
         for index, state in enumerate(states):
@@ -85,8 +86,9 @@ class Weights:
             found, similarity = match_weights(fixed, moving, problem.spaces, rounds=self.rounds, generator=stream)
             changes[index] = composed(changes[index], found)
             similarities.append(round(similarity, 6))
+        del states  # copies of the models, where they were matched before
         diagnostics: dict[str, Any] = {"cosine-similarities": similarities}
-        if self.passes and len(states) > 1:
+        if self.passes and len(changes) > 1:
             further, diagnostics["passes"] = matched_with_mean(
                 comparison.permuted(changes),
                 reference,
@@ -100,6 +102,7 @@ class Weights:
                 )[0],
                 passes=self.passes,
                 generator=generator,
+                kept=problem.kept,
             )
             changes = list(map(composed, changes, further))
         return Aligned(comparison.permuted(changes), server_examples, diagnostics=diagnostics, changes=tuple(changes))
@@ -116,7 +119,7 @@ def match_weights(
     """Return the permutations that bring one model's weights nearest to another's, by coordinate ascent.
 
     Args:
-        fixed: the reference's parameters by name, float64 on the CPU.
+        fixed: the reference's parameters by name, on the CPU; products are taken in float64.
         moving: the other model's.
         spaces: the feature spaces.
         rounds: most passes over all spaces.
@@ -126,7 +129,7 @@ def match_weights(
         A permutation for each space, and the cosine similarity of all parameters that spaces touch.
     """
     of_spaces = {axis.name for space in spaces for axis in space.axes}
-    current = {name: tensor.clone() for name, tensor in moving.items() if name in of_spaces}
+    current = {name: tensor for name, tensor in moving.items() if name in of_spaces}  # renamed ones are fresh
     indices = [torch.arange(space.size) for space in spaces]
     for _ in range(rounds):
         changed = False
@@ -147,7 +150,7 @@ def match_weights(
 
 
 def _parameters(problem: Problem, state: StateDict) -> dict[str, Tensor]:
-    return {name: state[name].double().cpu() for name, _ in problem.model.named_parameters()}
+    return {name: state[name].cpu() for name, _ in problem.model.named_parameters()}
 
 
 def _scores(fixed: Mapping[str, Tensor], current: Mapping[str, Tensor], space: Space) -> Tensor:
@@ -158,7 +161,7 @@ def _scores(fixed: Mapping[str, Tensor], current: Mapping[str, Tensor], space: S
             ours, theirs = (
                 units_first(weights[axis.name], axis, space.size).flatten(1) for weights in (fixed, current)
             )
-            total += ours @ theirs.T
+            total += ours.double() @ theirs.double().T
     return total
 
 
@@ -173,4 +176,4 @@ def _renamed(weights: Mapping[str, Tensor], space: Space, change: Permutation) -
 
 
 def _product(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> float:
-    return sum(float((first[name] * second[name]).sum()) for name in names)
+    return sum(float((first[name].double() * second[name]).sum()) for name in names)

@@ -79,30 +79,49 @@ void mixed(T* theta, const T* start, const T* const* models, const T* centre, co
   }
 }
 
-// The points nearest to share + point - mean of sum 1 in [low, high]^count: clip(x - tau), tau by Newton's steps within
-// a bracket.
-void onto_box(T* points, const T* shares, int64_t stride, const T* mean, int64_t count, int64_t length, T low, T high) {
+// Takes the mean from beta, and sets a block of theta = start + sum_k beta_k (model_k - middle); returns whether a
+// coefficient, share + beta, has left [low, high].
+bool centred(T* theta, const T* start, const T* const* models, const T* middle, T* beta, int64_t stride, const T* mean,
+             const T* shares, int64_t rows, int64_t count, int64_t at, int64_t length, T low, T high) {
+  T sum[BLOCK];
+  int outside = 0;
+  std::copy_n(start, length, sum);
+  for (int64_t k = 0; k < count; ++k) {
+    const T *model = models[k] + at, least = low - shares[k * rows], most = high - shares[k * rows];
+    T* b = beta + k * stride;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < length; ++i) {
+      const T x = b[i] - mean[i];
+      outside |= (x < least) | (x > most);
+      sum[i] += x * (model[i] - middle[i]);
+      b[i] = x;
+    }
+  }
+  std::copy_n(sum, length, theta);
+  return outside;
+}
+
+// Brings points + shares of sum 1 to the nearest of sum 1 in [low, high]^count: clip(x - tau), tau by Newton's steps
+// within a bracket.
+void onto_box(T* points, int64_t stride, const T* shares, int64_t rows, int64_t count, int64_t length, T low, T high) {
   const T least_excess = T(4 * count) * std::numeric_limits<T>::epsilon();
-  T tau[BLOCK] = {}, left[BLOCK], right[BLOCK], least[BLOCK], most[BLOCK];
-  std::fill_n(least, length, std::numeric_limits<T>::infinity());
-  std::fill_n(most, length, -std::numeric_limits<T>::infinity());
+  T tau[BLOCK] = {}, left[BLOCK], right[BLOCK];
+  int outside = 0;
+  std::fill_n(left, length, std::numeric_limits<T>::infinity());
+  std::fill_n(right, length, -std::numeric_limits<T>::infinity());
   for (int64_t k = 0; k < count; ++k)
     for (int64_t i = 0; i < length; ++i) {
-      const T x = points[k * BLOCK + i] += shares[k * stride] - mean[i];
-      least[i] = std::min(least[i], x), most[i] = std::max(most[i], x);
+      const T x = points[k * stride + i] + shares[k * rows];
+      left[i] = std::min(left[i], x - high), right[i] = std::max(right[i], x - low);
+      outside |= (x < low) | (x > high);
     }
-  int outside = 0;
-  for (int64_t i = 0; i < length; ++i) {
-    outside |= (least[i] < low) | (most[i] > high);
-    left[i] = least[i] - high, right[i] = most[i] - low;
-  }
   if (!outside) return;
   for (int64_t step = 0; step < 4 * count + 60; ++step) {
     T excess[BLOCK], free[BLOCK] = {};
     std::fill_n(excess, length, T(-1));
     for (int64_t k = 0; k < count; ++k)
       for (int64_t i = 0; i < length; ++i) {
-        const T x = points[k * BLOCK + i] - tau[i];
+        const T x = points[k * stride + i] + shares[k * rows] - tau[i];
         excess[i] += std::min(std::max(x, low), high);
         free[i] += (x > low) & (x < high) ? T(1) : T(0);
       }
@@ -120,7 +139,8 @@ void onto_box(T* points, const T* shares, int64_t stride, const T* mean, int64_t
   }
   for (int64_t k = 0; k < count; ++k)
     for (int64_t i = 0; i < length; ++i)
-      points[k * BLOCK + i] = std::min(std::max(points[k * BLOCK + i] - tau[i], low), high);
+      points[k * stride + i] = std::min(std::max(points[k * stride + i] + shares[k * rows] - tau[i], low), high) -
+                               shares[k * rows];
 }
 
 // exp by 2^n times a Taylor polynomial on |r| <= ln(2) / 2, in one form that becomes vector instructions.
@@ -177,39 +197,33 @@ void box(int64_t rows, int64_t width, int64_t threads, int64_t count, const T* c
          double factor, const double* rates, const T* start, T* theta, T* m, T* v, const T* g, T* beta,
          const T* shares, double low, double high) {
   const Rates r = rates_of(rates);
-  const T f = T(factor);
+  const T f = T(factor), part = T(1) / T(count);
   in_blocks(rows, width, threads, [=](int64_t at, int64_t length, int64_t row) {
     const T nothing[BLOCK] = {}, *middle = centre ? centre + at : nothing;
-    T root[BLOCK], mean[BLOCK] = {}, mixed[BLOCK];
-    thread_local std::vector<T> points;
-    points.resize(count * BLOCK);
+    T root[BLOCK], mean[BLOCK] = {};
     moments(m + at, v + at, root, g + at, length, r);
     for (int64_t k = 0; k < count; k += 2) {  // two fractions take one division: their common denominator is safe
-      const int64_t next = std::min(k + 1, count - 1), weight = next - k;
-      const T *one = models[k] + at, *other = models[next] + at, *b = beta + k * rows * width + at;
-      const T* c = beta + next * rows * width + at;
-      T *point = &points[k * BLOCK], *second = &points[next * BLOCK];
+      const int64_t next = std::min(k + 1, count - 1);
+      const T *one = models[k] + at, *other = models[next] + at, weight = part * T(next - k);
+      T *b = beta + k * rows * width + at, *c = beta + next * rows * width + at;
 #pragma GCC ivdep
       for (int64_t i = 0; i < length; ++i) {
         const T x = f * (one[i] - middle[i]), y = f * (other[i] - middle[i]);
         const T under_x = std::abs(x) * root[i] + r.epsilon, under_y = std::abs(y) * root[i] + r.epsilon;
         const T step = r.rate * m[at + i] / (under_x * under_y);
         const T p = r.keep * b[i] - x * under_y * step, q = r.keep * c[i] - y * under_x * step;
-        point[i] = p, second[i] = q;
-        mean[i] += (p + T(weight) * q) / T(count);
+        b[i] = p, c[i] = q;
+        mean[i] += part * p + weight * q;
       }
     }
-    onto_box(points.data(), shares + row, rows, mean, count, length, T(low), T(high));
-    std::copy_n(start + at, length, mixed);
-    for (int64_t k = 0; k < count; ++k) {
-      const T *model = models[k] + at, *point = &points[k * BLOCK];
-      T* b = beta + k * rows * width + at;
-      for (int64_t i = 0; i < length; ++i) {
-        b[i] = point[i] - shares[k * rows + row];
-        mixed[i] += b[i] * (model[i] - middle[i]);
-      }
-    }
-    std::copy_n(mixed, length, theta + at);
+    const auto mix = [&] {
+      return centred(theta + at, start + at, models, middle, beta + at, rows * width, mean, shares + row, rows, count,
+                     at, length, T(low), T(high));
+    };
+    if (!mix()) return;  // as in most blocks: then it is mixed already, in the pass that looked
+    onto_box(beta + at, rows * width, shares + row, rows, count, length, T(low), T(high));
+    std::fill_n(mean, length, T(0));
+    mix();
   });
 }
 
@@ -218,7 +232,6 @@ void channel(int64_t rows, int64_t width, int64_t threads, int64_t count, const 
              const T* shares, double low, double high) {
   const Rates r = rates_of(rates);
   in_parts(rows, width * count, threads, [=](int64_t begin, int64_t end) {
-    std::vector<T> points(count * BLOCK);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * width;
       T mean = 0;
@@ -231,9 +244,8 @@ void channel(int64_t rows, int64_t width, int64_t threads, int64_t count, const 
         mean += beta[place] / T(count);
       }
       if (shares) {
-        for (int64_t k = 0; k < count; ++k) points[k * BLOCK] = beta[k * rows + row];
-        onto_box(points.data(), shares + row, rows, &mean, count, 1, T(low), T(high));
-        for (int64_t k = 0; k < count; ++k) beta[k * rows + row] = points[k * BLOCK] - shares[k * rows + row];
+        for (int64_t k = 0; k < count; ++k) beta[k * rows + row] -= mean;
+        onto_box(beta + row, rows, shares + row, rows, count, 1, T(low), T(high));
       }
       mixed(theta + at, start + at, models, centre, beta, rows, row, at, count, width);
     }
