@@ -23,7 +23,7 @@ ROWS = 1 << 11
 LATEST = 1 << 13
 """Samples whose products are summed in their own precision, at least, before they are added in float64."""
 TILE = 128
-"""Units whose products are taken at once: below the diagonal, a model's own are not taken, since they are symmetric."""
+"""Units whose products CPUs take at once: below the diagonal, a model's own are not taken, since they are symmetric."""
 
 Pair = tuple[int, int]
 
@@ -215,11 +215,12 @@ class _Sums:
             self.shifts[index] = features.mean(0)
         shift = self.shifts[index]
         total, (product, seen) = torch.zeros_like(shift), self._latest(index, index)
+        width = TILE if shift.device.type == "cpu" else len(shift)
         for part in torch.split(features, ROWS):
             shifted = part - shift
             total += shifted.sum(0)
-            for left in range(0, len(shift), TILE):
-                tile = slice(left, left + TILE)
+            for left in range(0, len(shift), width):
+                tile = slice(left, left + width)
                 product[tile, left:].addmm_(shifted[:, tile].T, shifted[:, left:])
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
