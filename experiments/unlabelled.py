@@ -4,7 +4,8 @@
     python experiments/unlabelled.py --size smoke       # digits, 1 seed, a minute; what CI runs
 
 The server owns 5,000 images and no class of any. `fresh-distill` is the control that tells what the merge itself adds:
-a new network taught by the same teacher. At full size it writes experiments/expected/unlabelled.json.
+a new network taught by the same teacher. What the teacher can be at most is told by the same ensemble, taught by the
+classes of all 5,000 images. At full size it writes experiments/expected/unlabelled.json.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from _clients import SMOKE, clients, command
+from _clients import SERVER, SMOKE, clients, command
 from _run import Rows, accuracies, compare, holds, main, mean_of, merge, rows_of, table, write
 
 PARTITION = "Dirichlet(0.1)"
@@ -23,12 +24,13 @@ GOALS = {"shared": 0.85, "independent": 0.84}
 
 ENSEMBLES = ("ensemble", "ensemble-geometric", "ensemble-propagated")
 CONTROLS = ("feddf", "fresh-distill", "finetune-distill", "best-client-distill")
+CEILING, ALL_LABELS = "ensemble-stacked", f"--server-labels {SERVER}"
 METHODS = (*ENSEMBLES[1:], *CONTROLS, "activations+np-distill")
 
 
-def again(methods: Iterable[str]) -> str:
+def again(methods: Iterable[str], labels: str = "--server-labels 0") -> str:
     """Return how the clients are merged again."""
-    return f"--server-labels 0 --methods {','.join(methods)}"
+    return f"{labels} --methods {','.join(methods)}"
 
 
 def unlabelled(size: str, out: Path) -> None:
@@ -47,17 +49,21 @@ def unlabelled(size: str, out: Path) -> None:
     runs = dict(zip(OURS, clients([(PARTITION, init) for init in OURS], out), strict=True))
     jobs = {out / f"unlabelled-{init}": (run, again(METHODS)) for init, run in runs.items()}
     *aligned, plain = merge({**jobs, out / "unlabelled-shared-as-they-are": (runs["shared"], again(["np-distill"]))})
+    told = {out / f"unlabelled-ceiling-{init}": (run, again([CEILING], ALL_LABELS)) for init, run in runs.items()}
     found = {init: {**rows_of(run), **new} for (init, run), new in zip(runs.items(), aligned, strict=True)}
     found["shared"] |= plain
+    for rows, ceiling in zip(found.values(), merge(told), strict=True):
+        rows[f"{CEILING}, {SERVER:,} labels"] = ceiling[CEILING]
     for init, rows in found.items():
         check(init, rows, OURS[init], ("fedavg", "feddf", "fresh-distill"))
     content = {
         "commands": [
             *(command(PARTITION, init) for init in OURS),
             *(f"fedmerge merge RUN {again(names)} --out NEW" for names in (METHODS, ["np-distill"])),
+            f"fedmerge merge RUN {again([CEILING], ALL_LABELS)} --out NEW",
         ],
         "accuracy": accuracies(found),
-        "table": table(found, ("fedavg", *ENSEMBLES, *CONTROLS, "np-distill", "activations+np-distill")),
+        "table": table(found, dict.fromkeys(name for rows in found.values() for name in rows)),
         "goals": {init: {"goal": goal, "found": mean_of(found[init], OURS[init])} for init, goal in GOALS.items()},
     }
     write("unlabelled", content, runs["shared"])
