@@ -76,11 +76,12 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
                 raise ConfigurationError("--dp-noise: losses and accuracies on a client's images have no noise")
             if arrays is None:
                 raise ValueError(f"an evaluation needs the model in the message's record '{ARRAYS}'")
-            examples = _examples(load, config, partition_id, message, context)
+            told = message.content.config_records.get(CONFIG, ConfigRecord())
+            examples = _examples(load, config, partition_id, told, context)
             state = _state(arrays, config, examples)
             result, num_examples = evaluate_client(config, examples, partition_id, state)
-            told = MetricRecord({NUM_EXAMPLES: num_examples, PARTITION_ID: partition_id, **told_of(result)})
-            return RecordDict({METRICS: told})
+            metrics = MetricRecord({NUM_EXAMPLES: num_examples, PARTITION_ID: partition_id, **told_of(result)})
+            return RecordDict({METRICS: metrics})
 
         return Message(attempt(context, answer), reply_to=message)
 
@@ -178,10 +179,11 @@ def read_order(load: Callable[[Config], Federation], message: Message, context: 
         context: of the client's node.
     """
     config, partition_id = _who(context)
-    arrays = message.content.array_records.get(ARRAYS)
-    examples = _examples(load, config, partition_id, message, context)
+    arrays, record = message.content.get(ARRAYS), message.content.get(CONFIG)
+    arrays = arrays if isinstance(arrays, ArrayRecord) else None
+    record = record if isinstance(record, ConfigRecord) else ConfigRecord()
+    examples = _examples(load, config, partition_id, record, context)
     own = own_model(config, partition_id, context.node_config)
-    record = message.content.config_records.get(CONFIG, ConfigRecord())
     fits, declared = record.get(MODEL, config.model) == own, "" if own == config.model else own
     config, layers = of_device(config, partition_id, context.node_config)
     config = _told(_with_model(config, own), record)
@@ -189,7 +191,7 @@ def read_order(load: Callable[[Config], Federation], message: Message, context: 
     if arrays is not None:
         sent = _state(arrays, config, examples) if fits else own_start(config, examples, partition_id)
     secret = secrets.randbits(63) if sitedata.NODE_DATA in context.node_config else None
-    return Order(config, examples, partition_id, _server_round(message), sent, layers, declared, secret)
+    return Order(config, examples, partition_id, _server_round(record), sent, layers, declared, secret)
 
 
 def attempt(context: Context, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | Error:
@@ -216,9 +218,8 @@ def _who(context: Context) -> tuple[Config, int]:
     return config, partition_of(context.node_config, config)
 
 
-def _server_round(message: Message) -> int:
-    config = message.content.config_records.get(CONFIG)
-    server_round = None if config is None else config.get(SERVER_ROUND)
+def _server_round(record: ConfigRecord) -> int:
+    server_round = record.get(SERVER_ROUND)
     if not isinstance(server_round, int) or server_round < 1:
         raise ValueError(f"the message's record '{CONFIG}' has {SERVER_ROUND}={server_round!r}, expected 1 or more")
     return server_round
@@ -242,13 +243,13 @@ def _told(config: Config, record: ConfigRecord) -> Config:
 
 
 def _examples(
-    load: Callable[[Config], Federation], config: Config, partition_id: int, message: Message, context: Context
+    load: Callable[[Config], Federation], config: Config, partition_id: int, record: ConfigRecord, context: Context
 ) -> Federation:
     """Return the federation, or, where the node brings its own data, what it has of it: that data."""
     place = context.node_config.get(sitedata.NODE_DATA)
     if place is None:
         return load(config)
-    wanted = sitedata.ImageFormat.from_mapping(message.content.config_records.get(CONFIG) or {})
+    wanted = sitedata.ImageFormat.from_mapping(record)
     if wanted is None:  # another server than ours: it tells none
         wanted = sitedata.ImageFormat.of(load(config).dataset)
     return sitedata.federation_of(sitedata.read(str(place), wanted), wanted, partition_id, config.clients)

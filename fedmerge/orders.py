@@ -141,7 +141,9 @@ class Order:
             metrics |= self._privacy_spent()
         elif config.client_metrics:
             metrics |= told_of(evaluate(model, [state], data))
-        statistics = collect(config.statistics, model, state, data.images, generator=self.chance("statistics"))
+        statistics: dict[str, dict[str, Tensor]] = {}
+        if config.statistics:
+            statistics = collect(config.statistics, model, state, data.images, generator=self.chance("statistics"))
         state = {name: tensor.cpu() for name, tensor in state.items()}
         counts = tuple(torch.bincount(self.own.labels, minlength=len(self.examples.classes)).tolist())
         if config.label_counts and config.label_count_noise:

@@ -51,10 +51,16 @@ def default_generator(seed: int, device: torch.device | str = "cpu") -> Iterator
         device: where the block draws, beside the CPU; other devices' generators are left alone.
     """
     device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs that are not put back
-        for cuda in devices:
-            with torch.cuda.device(cuda):
+    if device.type == "cuda":
+        with torch.random.fork_rng([device]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs that are not put back
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+            yield
+        return
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(before)

@@ -241,21 +241,26 @@ class OneShotMerge(FedAvg):
         good, rejected = self._read(server_round, replies)
         return [update for update, _ in good], rejected
 
-    def read_update(self, reply: Message) -> Update:
+    def read_update(self, reply: Message, expected: Mapping[str, StateDict] | None = None) -> Update:
         """Return a reply's update, checked against the model.
 
         Args:
             reply: with content; a node that does not tell its partition id is known by its node id.
+            expected: state dicts of the architectures by name, the server's by ""; None: those that the strategy has.
         """
+        expected = self._expected() if expected is None else expected
         return update_from_records(
             reply.content,
-            self.problem.model.state_dict(),
+            expected[""],
             fallback_id=reply.metadata.src_node_id,
             num_classes=self.num_classes,
             weighted_by_key=self.weighted_by_key,
-            others={name: other.state_dict() for name, other in self.problem.others.items()},
+            others={name: state for name, state in expected.items() if name},
             start_of=self._start_of,
         )
+
+    def _expected(self) -> dict[str, StateDict]:
+        return {name: other.state_dict() for name, other in {"": self.problem.model, **self.problem.others}.items()}
 
     def _start_of(self, model: str, partition_id: int) -> StateDict | None:
         """Return what a client started from in this round, if it was not a secret of its own."""
@@ -272,10 +277,11 @@ class OneShotMerge(FedAvg):
         silent_nodes = self._asked - {reply.metadata.src_node_id for reply in replies}
         rejected += [f"node {node_id} did not answer in time" for node_id in sorted(silent_nodes)]
         good: dict[int, tuple[Update, RecordDict]] = {}
+        expected = self._expected()
         for reply in answered:
             node_id, content = reply.metadata.src_node_id, reply.content
             try:
-                update = self.read_update(reply)
+                update = self.read_update(reply, expected)
             except MalformedUpdate as error:
                 rejected.append(f"{_name(content, node_id)}: {error}")
                 continue

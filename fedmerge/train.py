@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from fedmerge import parts
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
 from fedmerge.replay import replay_of
 from fedmerge.seeds import default_generator, fork
@@ -76,11 +77,11 @@ def fit(
     """
     if len(examples) == 0:
         raise ValueError("there are no examples to train on")
-    model.load_state_dict(dict(state))
-    model.train()
+    parts.load(model, state)
+    parts.train(model)
     if moving is not None:
         freeze(model, moving)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parts.parameters(model) if parameter.requires_grad]
     descent = Descent(trained, recipe, steps=recipe.epochs * num_batches(len(examples), recipe.batch_size))
     device = examples.images.device
     replay = replay_of(model, device)
@@ -94,14 +95,13 @@ def fit(
         for _ in range(recipe.epochs):
             total = torch.zeros((), device=device)
             for index in batches(len(examples), recipe.batch_size, generator, device):
-                batch = examples[index]
-                loss, *found = replay(gradients, batch.images, batch.labels)
+                loss, *found = replay(gradients, examples.images[index], examples.labels[index])
                 descent.step(found)
-                total += loss * len(batch)  # type: ignore[operator]
+                total += loss * len(index)  # type: ignore[operator]
             mean_loss = float(total) / len(examples)
             if not math.isfinite(mean_loss):
                 raise diverged(mean_loss, recipe)
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, mean_loss
+    return parts.copied(model), mean_loss
 
 
 def freeze(model: nn.Module, moving: Collection[str]) -> None:
@@ -157,7 +157,7 @@ def laid_out(model: nn.Module, examples: Examples, batch_size: int = 32) -> Exam
         batch_size: images that are computed with at a time.
     """
     images = examples.images
-    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    convolves = any(isinstance(module, nn.Conv2d) for module in parts.modules(model))
     if not convolves or images.ndim != 4 or len(images) == 0:
         return examples
     if images.device.type != "cpu" and images[:batch_size, 0].numel() < LARGE_BATCH:

@@ -10,18 +10,18 @@ that headers tell are compared with the model's before an array is read.
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedmerge.arrays import MalformedUpdate as MalformedUpdate
+from fedmerge.arrays import arrays_from_state as arrays_from_state
+from fedmerge.arrays import read_arrays
 from fedmerge.catalogue import STATISTICS
 from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, PRIVACY, is_finite
 from fedmerge.partial import last_layers, num_layers
@@ -49,49 +49,6 @@ PROXIMAL_MU = "proximal-mu"
 MOST_CLIENTS = 2**64  # as there are node ids
 MOST_EXAMPLES = 2**53  # beyond it a float64, by which updates are weighted, no longer holds every whole number
 REPORTED = ("loss", "accuracy", "seconds", *PRIVACY)
-
-NUMPY_FORMAT = "numpy.ndarray"
-HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)"
-    rb"\{'descr': '([^']{1,9})', 'fortran_order': (True|False), 'shape': \((|\d{1,18}(?:, \d{1,18}){0,63},?)\), \} *\n",
-    re.DOTALL,
-)
-"""What `numpy.save` writes before the numbers of an array without fields: the header's length, and the array's type."""
-
-DTYPES = frozenset(
-    np.dtype(name).str
-    for name in [
-        "bool",
-        "uint8",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-    ]
-)
-
-
-class MalformedUpdate(ValueError):
-    """A client's reply that cannot be used, with the reason."""
-
-
-def arrays_from_state(state: StateDict, dtype: torch.dtype | None = None) -> ArrayRecord:
-    """Return a state dict as Flower's arrays; ValueError for bfloat16, which they cannot carry.
-
-    Args:
-        state: the tensors, on any device.
-        dtype: floating-point tensors are cast to it, which must hold their numbers; None: all stay as they are.
-
-    Example:
-        >>> arrays_from_state({"w": torch.zeros(2, 3)}, torch.float16)["w"].dtype
-        'float16'
-    """
-    return ArrayRecord({name: _array(_to_numpy(name, tensor, dtype)) for name, tensor in state.items()})
 
 
 def state_from_arrays(arrays: ArrayRecord, expected: StateDict) -> dict[str, Tensor]:
@@ -204,7 +161,7 @@ def update_from_records(
 
 def _declared(content: RecordDict, others: Mapping[str, StateDict]) -> str:
     """Return the name of the client's architecture; empty for the server's, which is not declared."""
-    told = content.config_records.get(CONFIG, ConfigRecord()).get(MODEL, "")
+    told = _told(content).get(MODEL, "")
     if isinstance(told, str) and (not told or told in others):
         return told
     names = ", ".join(map(repr, others)) or "no other than the server's"
@@ -213,19 +170,26 @@ def _declared(content: RecordDict, others: Mapping[str, StateDict]) -> str:
 
 def _announced(content: RecordDict, expected: StateDict) -> int:
     """Return how many of its last layers a reply holds; 0 for all, which is not announced."""
-    told, most = content.config_records.get(CONFIG, ConfigRecord()).get(LAYERS, 0), num_layers(expected)
-    if type(told) is int and 0 <= told <= most:
+    told = _told(content).get(LAYERS, 0)
+    if type(told) is int and told == 0:
+        return 0
+    most = num_layers(expected)
+    if type(told) is int and 0 < told <= most:
         return told
     raise MalformedUpdate(f"{LAYERS} is {told!r:.60}, expected a whole number up to {most}, as many as the model has")
 
 
+def _told(content: RecordDict) -> ConfigRecord:
+    record = content.get(CONFIG)
+    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+
+
 def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str, Tensor], int]:
     """Return the state dict, and its size in bytes in the dtypes that were sent."""
+    sent, finite = read_arrays(arrays, expected)
+    if finite and {name: t.dtype for name, t in sent.items()} == {name: t.dtype for name, t in expected.items()}:
+        return {name: sent[name] for name in expected}, num_bytes(sent)  # nothing is left to look at
     try:
-        sent = {
-            name: _read(name, array, tuple(expected[name].shape)) if name in expected else torch.empty(0)
-            for name, array in arrays.items()
-        }
         state = conform(sent, expected)
     except MalformedState as error:
         raise MalformedUpdate(str(error)) from error
@@ -233,67 +197,17 @@ def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str,
 
 
 def _statistic(kind: str, arrays: ArrayRecord, expected: StateDict) -> dict[str, Tensor]:
-    found = {}
-    for name, array in arrays.items():
+    wanted = dict[str, Tensor]()
+    for name in arrays:
         shape = expected_shape(kind, name, expected)
         if shape is None:
             raise MalformedUpdate(f"the statistic '{kind}' tells of '{name}', which the model has no weights of")
-        found[name] = _read(name, array, shape)
-        if not found[name].is_floating_point() or not bool(torch.isfinite(found[name]).all()):
+        wanted[name] = torch.empty(shape, device="meta")
+    found, _ = read_arrays(arrays, wanted)
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise MalformedUpdate(f"the statistic '{kind}' of '{name}' is not of finite floating-point numbers")
     return found
-
-
-def _read(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
-    """Read one array, after its header has told that it is what the model expects.
-
-    Nothing is unpickled: the bytes are numbers, or the array is refused.
-    """
-    if array.stype != NUMPY_FORMAT:
-        raise MalformedUpdate(f"array '{name}' is serialised as '{array.stype}', expected '{NUMPY_FORMAT}'")
-    header = HEADER.match(array.data)
-    if header is None or header.end() != 10 + int.from_bytes(header[1], "little"):
-        raise MalformedUpdate(f"array '{name}' is not in numpy's format")
-    stored = tuple(int(size) for size in header[4].decode().split(",") if size.strip())
-    for what, stated in (("its header", stored), ("its record", tuple(array.shape))):
-        if stated != shape:
-            raise MalformedUpdate(f"tensor '{name}' has shape {stated} in {what}, expected {shape}")
-    dtype = header[2].decode("latin1")
-    if dtype not in DTYPES:
-        raise MalformedUpdate(f"array '{name}' has dtype {dtype}, expected numbers in this machine's byte order")
-    size, wanted = len(array.data) - header.end(), math.prod(shape) * np.dtype(dtype).itemsize
-    if size != wanted:
-        raise MalformedUpdate(f"array '{name}' holds {size} bytes, expected {wanted}")
-    order: Literal["F", "C"] = "F" if header[3] == b"True" else "C"
-    numbers = np.frombuffer(array.data, dtype, offset=header.end()).reshape(shape, order=order)
-    return torch.from_numpy(numbers.copy())
-
-
-def _array(values: np.ndarray[Any, Any]) -> Array:
-    """Return an array as Flower makes it, whose header is written once for all arrays of its type and shape."""
-    values = np.require(values, requirements="C")
-    dtype, shape = values.dtype.name, values.shape
-    return Array(dtype=dtype, shape=shape, stype=NUMPY_FORMAT, data=b"".join((_header(dtype, shape), values.data)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    buffer, told = io.BytesIO(), {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, told)
-    return buffer.getvalue()
-
-
-def _to_numpy(name: str, tensor: Tensor, dtype: torch.dtype | None) -> np.ndarray[Any, Any]:
-    values = tensor.detach().cpu()
-    if dtype is not None and values.is_floating_point() and values.dtype != dtype:
-        values = values.to(dtype)
-        if bool((torch.isinf(values) & torch.isfinite(tensor.detach().cpu())).any()):
-            raise ValueError(f"tensor '{name}' has numbers that {dtype} cannot hold; use --upload-dtype float32")
-    if values.dtype == torch.bfloat16:
-        raise ValueError(
-            f"tensor '{name}' is bfloat16, which Flower's arrays cannot carry: use model.float() or model.half()"
-        )
-    return np.asarray(values.numpy())
 
 
 def _only(kind: str, records: Mapping[str, T]) -> T:

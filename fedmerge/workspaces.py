@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedmerge import models
+from fedmerge import models, parts
 from fedmerge.architectures import Shape
 
 MOST = 4
@@ -45,15 +45,18 @@ def lent(name: str, *, shape: Shape, num_classes: int, device: torch.device | st
 
 def _built(name: str, shape: Shape, num_classes: int, device: torch.device | str) -> Kept:
     model = models.create(name, shape=shape, num_classes=num_classes, seed=0).to(device)
+    if ":" not in name:
+        parts.seal(model)
     stored = model.state_dict()
     return model, {key: buffer.clone() for key, buffer in model.named_buffers() if key not in stored}
 
 
 def _restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
     """Undo what training and freezing leave behind beside the weights."""
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    parts.train(model, False)
+    for parameter in parts.parameters(model):
+        if not parameter.requires_grad:
+            parameter.requires_grad_(True)
         parameter.grad = None
     for name, buffer in model.named_buffers() if buffers else ():
         if name in buffers:

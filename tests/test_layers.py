@@ -60,6 +60,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "updatefiles",
             "sgd",
             "replay",
+            "parts",
             "train",
             "batched",
             "calibrate",
@@ -137,6 +138,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "federation",
             "architectures",
             "models",
+            "arrays",
             "wire",
             "metrics",
             "nodes",
@@ -196,6 +198,7 @@ LIGHT = ("catalogue", "config", "devices", "errors", "names", "settings")
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {
     "flwr": {
+        "arrays",
         "wire",
         "metrics",
         "rounds",

@@ -144,6 +144,34 @@ def test_fedavg_is_the_mean_by_examples() -> None:
     assert int(found["n"]) == 4
 
 
+def test_the_mean_of_small_and_large_tensors_of_any_type_has_the_bits_of_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedmerge.merge.average.SMALL", 40)
+    shapes = {"a": (3, 5), "b": (), "c": (7, 9), "d": (2, 2, 2), "e": (0,), "f": (6,), "g": (30,), "h": (1,)}
+    types = {"d": torch.float64, "e": torch.float64, "f": torch.int64}
+    states = [
+        {
+            name: (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(types.get(name))
+            for name, shape in shapes.items()
+        }
+        for seed in range(4)
+    ]
+    weights, expected = [3.0, 1.0, 0.0, 5.0], {name: tensor.clone() for name, tensor in states[0].items()}
+    for name, tensor in expected.items():
+        for state, weight in zip(states[1:], weights[1:], strict=True) if name != "f" else ():
+            tensor += (state[name] - states[0][name]) * (weight / sum(weights))
+    before = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+    found = mean_state(states, weights)
+    assert list(found) == list(shapes)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name])
+        assert tensor.dtype == states[0][name].dtype
+        tensor.add_(1)  # it is the merge's own, and so is each of its tensors
+    assert all(torch.equal(state[name], was[name]) for state, was in zip(states, before, strict=True) for name in was)
+    assert all(torch.equal(tensor, expected[name] + 1) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize("weights", [[0, 0], [-1, 2], [1], [float("nan"), 1], [float("inf"), 1]])
 def test_unusable_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="expected 2 weights"):

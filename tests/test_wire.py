@@ -276,6 +276,34 @@ def test_arrays_are_read_as_numpy_reads_them(shape: tuple[int, ...], dtype: str,
     assert np.array_equal(got.numpy(), Array(values).numpy())
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float32, torch.float64])
+def test_arrays_are_written_as_flower_writes_them(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensors = {"w": tensor, "again": tensor, "turned": tensor.permute(tuple(reversed(range(tensor.ndim))))}
+    ours = arrays_from_state(tensors)
+    flowers = ArrayRecord({name: tensor.contiguous() for name, tensor in tensors.items()})
+    for name in tensors:
+        told = [(array.dtype, array.shape, array.stype, array.data) for array in (ours[name], flowers[name])]
+        assert told[0] == told[1]
+    assert ours.object_id == flowers.object_id
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.float16])
+def test_what_is_not_finite_is_named_wherever_it_lies(others: torch.dtype) -> None:
+    expected = {"a": torch.zeros(3), "n": torch.tensor(2), "b": torch.zeros(2, 2)}
+    sent = {"a": torch.ones(3, dtype=others), "n": torch.tensor(5), "b": torch.ones(2, 2)}
+    found = state_from_arrays(arrays_from_state(sent), expected)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}
+    assert all(torch.equal(found[name], sent[name].to(expected[name].dtype)) for name in expected)
+    for number in (math.nan, math.inf, -math.inf):
+        broken = arrays_from_state({**sent, "b": torch.tensor([[1.0, number], [0.0, 2.0]])})
+        with pytest.raises(MalformedUpdate, match="tensor 'b' has 1 NaN or infinite numbers of 4"):
+            state_from_arrays(broken, expected)
+    large = {**sent, "a": torch.full((3,), 3e38 if others == torch.float32 else 6e4, dtype=others)}  # their sum is not
+    assert torch.equal(state_from_arrays(arrays_from_state(large), expected)["a"], large["a"].float())
+
+
 @settings(max_examples=500, deadline=None)
 @given(position=st.integers(0, 200), value=st.integers(0, 255), cut=st.integers(0, 200))
 def test_whatever_bytes_arrive_they_are_an_array_or_refused(position: int, value: int, cut: int) -> None:

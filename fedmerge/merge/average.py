@@ -10,7 +10,8 @@ weighted by how many examples of the class a client has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from fedmerge.calibrate import calibrate, has_statistics
 from fedmerge.merge.heads import best_scale, find_head, head_rows, scaled_logits
 from fedmerge.merge.teacher import SMOOTHING, check_smoothing, class_weights, known_counts
 from fedmerge.problem import LABEL_COUNTS, Merged, Problem, Update
-from fedmerge.state import StateDict
+from fedmerge.state import SMALL, StateDict
 from fedmerge.train import predict
 
 
@@ -133,9 +134,33 @@ def mean_state(states: Sequence[StateDict], weights: Sequence[float] | None = No
     if len(weights) != len(states) or min(weights) < 0 or not 0 < total < float("inf"):
         raise ValueError(f"expected {len(states)} weights, none negative and not all 0, got {weights}")
     first, *others = states
-    result = {name: tensor.detach().clone() for name, tensor in first.items()}
-    for name, tensor in result.items():
-        if tensor.is_floating_point():
-            for state, weight in zip(others, weights[1:], strict=True):
-                tensor += (state[name] - first[name]) * (weight / total)
+    result = {name: tensor if tensor.is_floating_point() else tensor.clone() for name, tensor in first.items()}
+    for names in _groups(first):
+        start = _joined(first, names)
+        mean = start.clone()
+        for state, weight in zip(others, weights[1:], strict=True):
+            mean += (_joined(state, names) - start).mul_(weight / total)
+        parts = torch.split(mean, [first[name].numel() for name in names])
+        result |= {name: part.view(first[name].shape).clone() for name, part in zip(names, parts, strict=True)}
     return result
+
+
+def _groups(state: StateDict) -> Iterator[list[str]]:
+    """Yield the names of the floating-point tensors, small ones of a type together: of these, calls cost the most."""
+    for _, alike in itertools.groupby(state, lambda name: state[name].dtype):
+        group, size = list[str](), 0
+        for name in alike:
+            if state[name].is_floating_point():
+                if group and size + state[name].numel() > SMALL:
+                    yield group
+                    group, size = [], 0
+                group.append(name)
+                size += state[name].numel()
+        if group:
+            yield group
+
+
+def _joined(state: StateDict, names: Sequence[str]) -> Tensor:
+    """Return all numbers of some tensors, those of one where they lie."""
+    flat = [state[name].detach().reshape(-1) for name in names]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
