@@ -7,6 +7,7 @@ Clients that have done their steps leave the stack; a short batch is filled up w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 ELEMENTWISE = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Identity)
 OTHERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm, nn.LayerNorm)
 """Layers without statistics and without chance, which `torch.vmap` can stack."""
+
+STACK_BYTES = 1 << 22
+"""Weights that are stacked on a CPU: with their gradients and velocities they stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,13 @@ def fit_many(model: nn.Module, trainings: Sequence[Training]) -> list[dict[str, 
         raise ValueError("there are no examples to train on")
     plans = [_plan(training) for training in trainings]
     order = sorted(range(len(trainings)), key=lambda place: -len(plans[place]))
-    group = _Group(model, [trainings[place] for place in order], [plans[place] for place in order])
-    results = group.run()
-    return [results[order.index(place)] for place in range(len(trainings))]
+    found: dict[int, dict[str, Tensor] | Diverged] = {}
+    size = _stack_size(model, trainings[0].examples.images.device)
+    for first in range(0, len(order), size):
+        places = order[first : first + size]
+        group = _Group(model, [trainings[place] for place in places], [plans[place] for place in places])
+        found |= zip(places, group.run(), strict=True)
+    return [found[place] for place in range(len(trainings))]
 
 
 class _Group:
@@ -158,6 +166,13 @@ class _Group:
             return self._velocity[name]
         velocity = self._velocity[name][: len(gradient)]
         return torch.add(gradient, velocity, alpha=self._recipe.momentum, out=velocity)
+
+
+def _stack_size(model: nn.Module, device: torch.device) -> int:
+    """Return how many copies of a model are stacked; on other devices than CPUs as many as there are."""
+    if device.type != "cpu":
+        return sys.maxsize
+    return max(1, STACK_BYTES // sum(parameter.nbytes for parameter in model.parameters()))
 
 
 def _plan(training: Training) -> list[Tensor]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedmerge import batched
 from fedmerge.batched import Training, fit_many, stackable
 from fedmerge.config import SCHEDULES
 from fedmerge.models import create
@@ -104,6 +105,25 @@ def test_clients_of_any_sizes_train_together_as_alone(
 def test_single_layers_and_the_librarys_mlp_train_together(model: nn.Module) -> None:
     shape = (4,) if isinstance(model, nn.Linear) else (1, 2, 2)
     assert_equal_to_rounding(model.double(), SIZES, LocalTraining(2, 4, 0.1), shape)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_more_models_than_a_processors_caches_hold_train_in_several_stacks(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stacks = chain(), list[int]()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(batched, "STACK_BYTES", most * size + 1)
+    run = batched._Group.run
+
+    def counted(group: batched._Group) -> list[dict[str, Tensor] | Diverged]:
+        stacks.append(len(group._trainings))
+        return run(group)
+
+    monkeypatch.setattr(batched._Group, "run", counted)
+    assert_equal_to_rounding(model, SIZES, LocalTraining(2, 4, 0.1))
+    assert sum(stacks) == len(SIZES)
+    assert max(stacks) == most
 
 
 def test_convolutions_train_together_by_vmap() -> None:
