@@ -16,8 +16,7 @@ from fedmerge.spaces import Space
 from fedmerge.state import StateDict
 from fedmerge.trace import RuleTable, traced
 
-BATCH, CPU_BATCH = 128, 64
-"""Images that models see at once. Features of as many as on a GPU would, on CPUs, be fresh pages in each batch."""
+BATCH = 128
 ROWS = 1 << 11
 """Samples that are shifted and multiplied at once: they stay in a processor's cache."""
 LATEST = 1 << 13
@@ -166,7 +165,7 @@ def joint_moments(
     weights = [{name: tensor for name, tensor in state.items() if name in names} for state in states]
     sums = [_Sums() for _ in (*spaces, *alone)]
     order = sorted(range(len(states)), key=lambda index: -sum(index in pair for pair in pairs))
-    for batch in torch.split(images, CPU_BATCH if images.device.type == "cpu" else BATCH):
+    for batch in torch.split(images, BATCH):
         kept: dict[int, list[Tensor]] = {}
         for position, index in enumerate(order):
             found = functional_call(module, weights[index], (batch,))

@@ -114,4 +114,4 @@ def test_each_model_runs_once_over_the_images(monkeypatch: pytest.MonkeyPatch) -
     problem = problem_of("mlp@0.1", server_examples=200)
     states = [update.state for update in trained("mlp@0.1")]
     joint_moments(problem.model, problem.spaces, states, problem.data.images, pairs={(0, 1), (0, 2), (1, 2)})
-    assert sorted(calls) == [8] * 3 + [64] * 9
+    assert sorted(calls) == [72] * 3 + [128] * 3
