@@ -180,8 +180,16 @@ def test_conclusions_say_where_ours_loses(tmp_path: Path) -> None:
 def test_without_ours_there_is_nothing_to_conclude(tmp_path: Path) -> None:
     add_run(tmp_path, "only", methods=["fedavg", "mean"])
     assert conclusions(collect(tmp_path)) == [
-        "No form of NP Merge has results in half of the settings: there is nothing to conclude about it."
+        "No form of NP Merge has results in half of its settings: there is nothing to conclude about it."
     ]
+
+
+def test_settings_in_which_clients_are_only_trained_do_not_count(tmp_path: Path) -> None:
+    add_run(tmp_path, "merged")
+    for limit in (20, 40, 60):
+        add_run(tmp_path, f"trained-{limit}", methods=["fedavg", "mean"], server_limit=limit)
+    first, *_ = conclusions(collect(tmp_path))
+    assert first == f"{OURS}, the strongest form of NP Merge here, reaches 66.0 % on average over 1 setting."
 
 
 def test_a_figure_shows_ours_fedavg_the_best_ensemble_and_the_strongest_controls(tmp_path: Path) -> None:

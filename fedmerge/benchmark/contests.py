@@ -32,7 +32,8 @@ def is_ours(method: str) -> bool:
 def strengths(settings: Sequence[Setting], panels: Sequence[Sequence[Setting]] = ()) -> dict[str, float]:
     """Return by how much each method's accuracy is above the mean of all methods, on average over its settings.
 
-    Methods that have results in less than half of the settings (of each panel) are left out, and steps of methods.
+    Left out are steps of methods, and methods that have results in less than half of the settings (of each panel).
+    Settings without any form of NP Merge do not count: there, clients are only trained, or others are compared.
 
     Args:
         settings: at least one.
@@ -44,10 +45,14 @@ def strengths(settings: Sequence[Setting], panels: Sequence[Sequence[Setting]] =
         centre = statistics.fmean(means.values()) if means else 0.0
         for method, mean in means.items():
             above.setdefault(method, []).append(mean - centre)
+    counted = [
+        [setting for setting in panel if any(is_ours(row.method) for row in setting.rows)] or panel
+        for panel in panels or [settings]
+    ]
     return {
         method: statistics.fmean(found)
         for method, found in above.items()
-        if any(2 * sum(each.row(method) is not None for each in panel) >= len(panel) for panel in panels or [settings])
+        if any(2 * sum(each.row(method) is not None for each in panel) >= len(panel) for panel in counted)
     }
 
 
@@ -155,7 +160,7 @@ def conclusions(benchmark: Benchmark) -> list[str]:
     order = _ranked(strengths(settings))
     ours = next((method for method in order if is_ours(method)), None)
     if ours is None:
-        return ["No form of NP Merge has results in half of the settings: there is nothing to conclude about it."]
+        return ["No form of NP Merge has results in half of its settings: there is nothing to conclude about it."]
     controls = [method for method in order if not is_ours(method)]
     single = [method for method in controls if not _answers_together(settings, method)]
     ensembles = [method for method in controls if method not in single]
