@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +32,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "supernode": supernode_parser,
     "superexec": superexec_parser,
 }
+HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 UNITS = sorted(DEPLOY.glob("*.service"))
 
 
@@ -114,12 +117,18 @@ def test_the_dockerfile_has_the_composed_targets_and_no_image_runs_as_root() -> 
         while stage in found:
             lineage, stage = [*found[stage], *lineage], found[stage][0][1]
         users = [words[1] for words in lineage if words[0] == "USER"]
-        assert users == ["fedmerge"], name
+        assert users == ["10001"], name
         assert lineage[-1] == ["ENTRYPOINT", json.dumps([f"flower-{name}"])]
         assert not [words for words in lineage if words[0] == "ADD"]
     for words in found["superexec"]:
         if words[0] == "COPY":
             assert all((DEPLOY.parent / source).exists() for source in words[1:-1])
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint")
+def test_hadolint_has_nothing_to_say_of_the_dockerfile() -> None:
+    done = subprocess.run([str(HADOLINT), str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def options(command: click.Command) -> set[str]:
