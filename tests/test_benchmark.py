@@ -192,6 +192,17 @@ def test_settings_in_which_clients_are_only_trained_do_not_count(tmp_path: Path)
     assert first == f"{OURS}, the strongest form of NP Merge here, reaches 66.0 % on average over 1 setting."
 
 
+def test_what_varies_with_another_setting_is_not_named_beside_it(tmp_path: Path) -> None:
+    def behind(_: Config, method: str, *__: object) -> float:
+        return 0.9 if method == "ensemble" else 0.5
+
+    for name, model, rate in (("small", "mlp", 0.05), ("large", "cnn", 0.02)):
+        add_run(tmp_path, name, behind, model=model, lr=rate)
+    found = conclusions(collect(tmp_path))[-1]
+    assert found.endswith("Behind in: cnn (−40.0); mlp (−40.0).")
+    assert collect(tmp_path).varying == ("model", "lr")
+
+
 def test_a_figure_shows_ours_fedavg_the_best_ensemble_and_the_strongest_controls(tmp_path: Path) -> None:
     order = [f"activations+np:steps={steps}" for steps in range(1, 6)]
     order += [

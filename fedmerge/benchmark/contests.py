@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, Benchmark, Setting
+from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, Benchmark, Setting, telling
 from fedmerge.merge.shares import is_mixture
 from fedmerge.outcomes import SEPARATOR
 from fedmerge.settings import Value
@@ -218,9 +218,8 @@ def _sentence(benchmark: Benchmark, found: Contest) -> str:
     )
     if not found.lost:
         return f"{text}."
-    named = [
-        f"{told(setting, benchmark.varying) or 'all'} ({signed(mean)})" for setting, mean in found.lost[:MOST_NAMED]
-    ]
+    names = telling(benchmark.varying, [setting.values for setting in benchmark.settings])
+    named = [f"{told(setting, names) or 'all'} ({signed(mean)})" for setting, mean in found.lost[:MOST_NAMED]]
     more = f" and {len(found.lost) - MOST_NAMED} more" if len(found.lost) > MOST_NAMED else ""
     return f"{text}. Behind in: {'; '.join(named)}{more}."
 

@@ -11,7 +11,17 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fedmerge.benchmark import drawings
-from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, ROUNDS, Benchmark, Setting, place, sources_of
+from fedmerge.benchmark.collecting import (
+    DIVISION,
+    IMAGES,
+    LABELS,
+    ROUNDS,
+    Benchmark,
+    Setting,
+    place,
+    sources_of,
+    telling,
+)
 from fedmerge.benchmark.contests import drawn, is_ours, phrase, ranked
 from fedmerge.benchmark.drawings import Curve
 from fedmerge.pages import Plate
@@ -72,7 +82,7 @@ def _against(benchmark: Benchmark, axis: Axis) -> Iterator[Plate]:
     panels, more = _panels(benchmark, axis.name)
     if not panels:
         return
-    titles = [name for name, _ in next(iter(panels)) if len({dict(rest)[name] for rest in panels}) > 1]
+    titles = telling([name for name, _ in next(iter(panels))], [dict(rest) for rest in panels])
     shown = [setting for members in panels.values() for setting in members]
     steps, ticks = _steps(shown, axis.name)
     names = drawn(shown, panels=list(panels.values()))

@@ -6,6 +6,7 @@ theme's colours. Several panels share their axes, so that they can be compared.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from fedmerge.summary import Difference, Row
 COLOURS = (*LINES[:5], LINES[6], THEME["ink"], LINES[5])
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<", ">")  # one more than colours: 72 looks differ
 PANEL_HEIGHT = 2.3  # inches
+TITLE_LENGTH = 80  # letters that the titles of panels side by side have together
 DODGE = 0.008  # share of an axis between the marks of neighbouring methods
 MOST_MARKED = 12  # points of a curve with large marks
 MOST_NUMBERS = 6  # columns of a panel whose cells hold a number
@@ -75,7 +77,8 @@ def curves_figure(
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
-            axes.set_title(title, loc="left", fontsize=8.5, color=THEME["muted"])
+            wrapped = textwrap.fill(title, TITLE_LENGTH // columns)
+            axes.set_title(wrapped, loc="left", fontsize=8.5, color=THEME["muted"])
             for curve in curves:
                 shift = step * (names.index(curve.name) - (len(names) - 1) / 2)
                 _draw(axes, curve, looks[curve.name], shift, bars=apart)
