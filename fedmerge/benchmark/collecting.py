@@ -226,25 +226,6 @@ def division(config: Config) -> str:
     return f"{config.partition} α = {config.alpha:g}".removeprefix("dirichlet ")
 
 
-def telling(names: Sequence[str], settings: Sequence[Mapping[str, Value]]) -> list[str]:
-    """Return the names that it takes to tell settings apart, of those that vary together the first.
-
-    Args:
-        names: of values.
-        settings: the values by name.
-
-    Example:
-        >>> telling(["model", "lr"], [{"model": "cnn", "lr": 0.1}, {"model": "mlp", "lr": 0.2}])
-        ['model']
-    """
-    kept = list(names)
-    for name in reversed(names):
-        fewer = [item for item in kept if item != name]
-        if _number(fewer, settings) == _number(kept, settings):
-            kept = fewer
-    return kept
-
-
 def place(name: str, setting: Setting) -> tuple[float, str]:
     """Return where a setting comes in the order of its values of `name`; divisions from the most different clients on.
 
@@ -259,10 +240,6 @@ def place(name: str, setting: Setting) -> tuple[float, str]:
     if partition in BY_ALPHA:
         return setting.config.alpha, partition
     return (-1.0 - UNLIKE[::-1].index(partition), "") if partition in UNLIKE else (math.inf, partition)
-
-
-def _number(names: Sequence[str], settings: Sequence[Mapping[str, Value]]) -> int:
-    return len({tuple(values[name] for name in names) for values in settings})
 
 
 def _round(result: Result) -> int:

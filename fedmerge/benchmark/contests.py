@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, Benchmark, Setting, telling
+from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, Benchmark, Setting
 from fedmerge.merge.shares import is_mixture
 from fedmerge.outcomes import SEPARATOR
 from fedmerge.settings import Value
@@ -205,6 +205,25 @@ def told(setting: Setting, names: Sequence[str]) -> str:
     return ", ".join(phrase(name, setting.values[name]) for name in names)
 
 
+def telling(names: Sequence[str], settings: Sequence[Mapping[str, Value]]) -> list[str]:
+    """Return the names that it takes to tell settings apart, of those that vary together the first.
+
+    Args:
+        names: of values.
+        settings: the values by name.
+
+    Example:
+        >>> telling(["model", "lr"], [{"model": "cnn", "lr": 0.1}, {"model": "mlp", "lr": 0.2}])
+        ['model']
+    """
+    kept = list(names)
+    for name in reversed(names):
+        fewer = [item for item in kept if item != name]
+        if _number(fewer, settings) == _number(kept, settings):
+            kept = fewer
+    return kept
+
+
 def _sentence(benchmark: Benchmark, found: Contest) -> str:
     difference, count = found.difference, len(found.differences)
     interval = "one seed: no interval"
@@ -222,6 +241,10 @@ def _sentence(benchmark: Benchmark, found: Contest) -> str:
     named = [f"{told(setting, names) or 'all'} ({signed(mean)})" for setting, mean in found.lost[:MOST_NAMED]]
     more = f" and {len(found.lost) - MOST_NAMED} more" if len(found.lost) > MOST_NAMED else ""
     return f"{text}. Behind in: {'; '.join(named)}{more}."
+
+
+def _number(names: Sequence[str], settings: Sequence[Mapping[str, Value]]) -> int:
+    return len({tuple(values[name] for name in names) for values in settings})
 
 
 def _ranked(found: Mapping[str, float]) -> list[str]:

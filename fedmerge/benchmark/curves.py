@@ -11,18 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fedmerge.benchmark import drawings
-from fedmerge.benchmark.collecting import (
-    DIVISION,
-    IMAGES,
-    LABELS,
-    ROUNDS,
-    Benchmark,
-    Setting,
-    place,
-    sources_of,
-    telling,
-)
-from fedmerge.benchmark.contests import drawn, is_ours, phrase, ranked
+from fedmerge.benchmark.collecting import DIVISION, IMAGES, LABELS, ROUNDS, Benchmark, Setting, place, sources_of
+from fedmerge.benchmark.contests import drawn, is_ours, phrase, ranked, telling
 from fedmerge.benchmark.drawings import Curve
 from fedmerge.pages import Plate
 from fedmerge.settings import Value
