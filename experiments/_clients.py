@@ -22,29 +22,30 @@ SMOKE = "fedmerge compare --partition dirichlet --alpha 0.3 --server-examples 30
 """Clients for the smoke size."""
 
 
-def command(partition: str, init: str) -> str:
+def command(partition: str, init: str, statistics: str = "") -> str:
     """Return the command that trains clients: a CNN of 420,000 parameters on Fashion-MNIST, five clients, 10 epochs.
 
     Args:
         partition: a key of `PARTITIONS`.
         init: "shared" or "independent".
+        statistics: that they send beside their models, separated by slashes.
     """
     return (
         "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
         f"{PARTITIONS[partition]} --init {init} --server-examples {SERVER} --server-labels 0 "
-        "--seeds 0,1,2,3,4 --methods fedavg,ensemble"
+        f"--seeds 0,1,2,3,4 --methods fedavg,ensemble{f' --client-statistics {statistics}' if statistics else ''}"
     )
 
 
-def clients(kinds: Iterable[tuple[str, str]], out: Path) -> list[Run]:
+def clients(kinds: Iterable[tuple[str, ...]], out: Path) -> list[Run]:
     """Return the runs of such clients, trained now if they are not there.
 
     Args:
-        kinds: keys of `PARTITIONS`, each with "shared" or "independent".
+        kinds: arguments of `command`.
         out: folder of the clients.
     """
-    return compare_all({out / f"clients-{_letters(name)}-{init}": command(name, init) for name, init in kinds})
+    return compare_all({out / f"clients-{'-'.join(map(_letters, kind))}": command(*kind) for kind in kinds})
 
 
-def _letters(partition: str) -> str:
-    return "".join(letter for letter in partition.lower() if letter.isalnum() or letter == ".")
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum() or letter == ".")

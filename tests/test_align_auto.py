@@ -166,7 +166,7 @@ def test_candidates_are_fitted_on_what_they_are_not_judged_on() -> None:
         return {"one": lambda: whole, "other": lambda: whole}
 
     choose(problem, candidates)  # type: ignore[arg-type]
-    assert seen == [60, 48, 48, 48, 48, 48]
+    assert seen == [60, 40, 40, 40]
 
 
 def test_a_restricted_problem_keeps_its_spaces() -> None:

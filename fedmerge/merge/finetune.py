@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,11 @@ from fedmerge.seeds import default_generator, fork
 from fedmerge.settings import ConfigurationError
 
 STARTS = ("mean", "best", "fresh")
-LAYERS = ("all", "head")
+LAYERS: Mapping[str, tuple[float, ...]] = {
+    "all": (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-5),
+    "head": (3e-2, 1e-1, 1e-2, 3e-1, 3e-3, 1e-3),
+}
+"""What is trained, and the learning rates for it: the last layer by itself learns at much higher ones."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,14 @@ class FineTune(Objective):
 
     Attributes:
         start: "mean" (of the clients), "best" (client), or "fresh" (a new initialisation: server-only training).
-        lrs: learning rates to choose from; the first is the default. As many as NP Merge has candidates.
+        lrs: learning rates to choose from; the first is the default. As many as NP Merge has candidates. Empty: those
+            of `LAYERS`.
         steps: most steps.
         layers: "all" weights, or those of the "head" alone, whose rows are the classes.
     """
 
     start: str = "mean"
-    lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-5)
+    lrs: tuple[float, ...] = ()
     steps: int = Schedule.steps
     layers: str = "all"
 
@@ -44,6 +49,8 @@ class FineTune(Objective):
         for name, names in (("start", STARTS), ("layers", LAYERS)):
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+        if not self.lrs:
+            object.__setattr__(self, "lrs", LAYERS[self.layers])
         check_budget(self.lrs, self.steps)
 
     @property
