@@ -166,6 +166,22 @@ def rows_of(run: Run) -> dict[str, Row]:
     return {row.method: row for row in summarize(run.results(), run.settings["seeds"])}
 
 
+def hours(trained: Iterable[Run], merged: Iterable[Rows] = ()) -> float:
+    """Return the hours of one core that clients took to train, and methods to merge them.
+
+    Args:
+        trained: runs of one round.
+        merged: rows by method of further merges.
+    """
+    seconds = 0.0
+    for run in trained:
+        for seed in run.settings["seeds"]:
+            seconds += sum(float(update.metrics["seconds"]) for update in run.load_updates(seed))
+        merged = [*merged, rows_of(run)]
+    seconds += sum((row.seconds or 0) * len(row.accuracies) for rows in merged for row in rows.values())
+    return round(seconds / 3600, 2)
+
+
 def mean_of(rows: Rows, method: str) -> float:
     """Return a method's mean accuracy; one that did not finish breaks the claim.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, compare_all, holds, main, mean_of, merge, rows_of, table, write
+from _run import accuracies, compare, compare_all, holds, hours, main, mean_of, merge, rows_of, table, write
 
 ALPHAS = (0.1, 0.3, 0.5)
 PUBLISHED = {"FedAvg": (41.69, 82.96, 83.72), "DENSE": (50.29, 83.96, 85.94), "FuseFL": (83.20, 89.94, 90.50)}
@@ -66,6 +66,7 @@ def fusefl(size: str, out: Path) -> None:
     ]
     content = {
         "commands": [*map(command, ALPHAS), f"fedmerge merge RUN {AGAIN} --out NEW"],
+        "hours": hours(runs, again),
         "accuracy": accuracies(found),
         "table": [*table(found, ("fedavg", "best-client", "ensemble", *METHODS)), *theirs],
         "goals": {

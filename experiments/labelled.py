@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from _clients import PARTITIONS, SMOKE, clients, command
-from _run import accuracies, advantage, compare, holds, main, mean_of, merge, rows_of, table, write
+from _run import accuracies, advantage, compare, holds, hours, main, mean_of, merge, rows_of, table, write
 
 from fedmerge.tables import NOTHING, points
 
@@ -64,6 +64,7 @@ def labelled(size: str, out: Path) -> None:
     last = [f"`{OURS}` is above by", "---:", *(points(ahead[name]) if name in ahead else NOTHING for name in SHOWN)]
     content = {
         "commands": [*(command(*clients_of(name)) for name in PARTITIONS), f"fedmerge merge RUN {ARGUMENTS} --out NEW"],
+        "hours": hours(runs, again),
         "accuracy": accuracies(found),
         "table": [f"{line} {cell} |" for line, cell in zip(table(found, SHOWN), last, strict=True)],
         "goal": {"goal": GOAL, "found": ahead[nearest].mean, "interval": ahead[nearest].half_width, "control": nearest},

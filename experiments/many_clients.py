@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, compare_all, holds, main, mean_of, rows_of, table, write
+from _run import accuracies, compare, compare_all, holds, hours, main, mean_of, rows_of, table, write
 
 from fedmerge.tables import duration
 
@@ -59,6 +59,7 @@ def many_clients(size: str, out: Path) -> None:
     ]
     content = {
         "commands": [command(count) for count in COUNTS],
+        "hours": hours(runs.values()),
         "accuracy": accuracies(found),
         "seconds": {name: {cell: rows[name].seconds for cell, rows in found.items()} for name in METHODS},
         "table": [*table(found, METHODS), *seconds],

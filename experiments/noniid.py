@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, compare_all, holds, main, mean_of, rows_of, table, write
+from _run import accuracies, compare, compare_all, holds, hours, main, mean_of, rows_of, table, write
 
 PARTITIONS = {
     **{f"{alpha:g}": f"--partition dirichlet --alpha {alpha:g}" for alpha in (0.05, 0.1, 0.3, 0.5, 1)},
@@ -65,6 +65,7 @@ def noniid(size: str, out: Path) -> None:
         holds(f"the gain over FedAvg grows with the skew, {init}", list(gains.items()))
     content = {
         "commands": [command(name, init) for name, init in runs],
+        "hours": hours(runs.values()),
         "accuracy": accuracies(found),
         "tables": {init: table({name: found[f"{name}, {init}"] for name in PARTITIONS}, METHODS) for init in INITS},
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, holds, main, mean_of, merge, rows_of, table, write
+from _run import accuracies, compare, holds, hours, main, mean_of, merge, rows_of, table, write
 
 CLIENTS = (
     "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 20000 --partition dirichlet "
@@ -70,6 +70,7 @@ def server_data(size: str, out: Path) -> None:
     holds("the gain over training on the server's labels alone falls with their number", list(gains.items()))
     content = {
         "commands": [CLIENTS, *(f"fedmerge merge RUN {arguments(name)} --out NEW" for name in CELLS)],
+        "hours": hours([run], again),
         "accuracy": {"no data": accuracies({"": rows_of(run)})[""], **accuracies(found)},
         "tables": {
             "no labels": table({name: found[name] for name in list(CELLS)[:3]}, WITHOUT),
