@@ -179,9 +179,8 @@ def read_order(load: Callable[[Config], Federation], message: Message, context: 
         context: of the client's node.
     """
     config, partition_id = _who(context)
-    arrays, record = message.content.get(ARRAYS), message.content.get(CONFIG)
-    arrays = arrays if isinstance(arrays, ArrayRecord) else None
-    record = record if isinstance(record, ConfigRecord) else ConfigRecord()
+    arrays = message.content.array_records.get(ARRAYS)
+    record = message.content.config_records.get(CONFIG, ConfigRecord())
     examples = _examples(load, config, partition_id, record, context)
     own = own_model(config, partition_id, context.node_config)
     fits, declared = record.get(MODEL, config.model) == own, "" if own == config.model else own

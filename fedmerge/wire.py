@@ -180,8 +180,7 @@ def _announced(content: RecordDict, expected: StateDict) -> int:
 
 
 def _told(content: RecordDict) -> ConfigRecord:
-    record = content.get(CONFIG)
-    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+    return content.config_records.get(CONFIG, ConfigRecord())
 
 
 def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str, Tensor], int]:
