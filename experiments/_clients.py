@@ -22,19 +22,19 @@ SMOKE = "fedmerge compare --partition dirichlet --alpha 0.3 --server-examples 30
 """Clients for the smoke size."""
 
 
-def command(partition: str, init: str, statistics: str = "") -> str:
+def command(partition: str, init: str, flags: str = "") -> str:
     """Return the command that trains clients: a CNN of 420,000 parameters on Fashion-MNIST, five clients, 10 epochs.
 
     Args:
         partition: a key of `PARTITIONS`.
         init: "shared" or "independent".
-        statistics: that they send beside their models, separated by slashes.
+        flags: more of them.
     """
     return (
         "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
         f"{PARTITIONS[partition]} --init {init} --server-examples {SERVER} --server-labels 0 "
-        f"--seeds 0,1,2,3,4 --methods fedavg,ensemble{f' --client-statistics {statistics}' if statistics else ''}"
-    )
+        f"--seeds 0,1,2,3,4 --methods fedavg,ensemble {flags}"
+    ).strip()
 
 
 def clients(kinds: Iterable[tuple[str, ...]], out: Path) -> list[Run]:

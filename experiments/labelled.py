@@ -38,7 +38,7 @@ ARGUMENTS = f"--server-limit {LABELS} --server-labels {LABELS} --methods {','.jo
 
 def clients_of(partition: str) -> tuple[str, ...]:
     """Return the arguments of `_clients.command`."""
-    return partition, "independent", "fisher/gram"
+    return partition, "independent", "--client-statistics fisher/gram"
 
 
 def labelled(size: str, out: Path) -> None:

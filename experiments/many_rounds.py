@@ -4,8 +4,9 @@
     python experiments/many_rounds.py --size smoke      # digits, 1 seed, less than a minute; what CI runs
 
 FedAvg and FedProx train one epoch a round, so that their tenth round has cost the clients as much computing as our one
-round of ten epochs. Ours merges without any label on the server, whose 5,000 images the others do not need. At full
-size it writes experiments/expected/many_rounds.json.
+round of ten epochs. Ours merges without any label on the server, whose 5,000 images the others do not need; it is also
+made with uploads in half precision, and in every one of ten rounds. At full size it writes
+experiments/expected/many_rounds.json.
 """
 
 from __future__ import annotations
@@ -15,36 +16,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _clients import PARTITIONS, SERVER, clients, command
-from _run import compare, compare_all, holds, main, merge, write
+from _run import Rows, compare, compare_all, holds, main, mean_of, merge, write
 
 from fedmerge.runs import Run
+from fedmerge.summary import Row
+from fedmerge.tables import NOTHING, percent
 from fedmerge.tables import size as written
 
 PARTITION = "Dirichlet(0.1)"
 SEEDS = (0, 1, 2, 3, 4)
 SHOWN = (1, 2, 5, 10, 20)
-RIVALS = {
-    "FedAvg": "",
-    "FedProx(0.01)": "--proximal-mu 0.01",
-}
 OURS = "np-distill"
+EVERY = f"`{OURS}` in every round"
+COURSES = {
+    "FedAvg": "--align identity --merge fedavg --rounds 20",
+    "FedProx(0.01)": "--align identity --merge fedavg --rounds 20 --proximal-mu 0.01",
+    EVERY: f"--align identity --merge {OURS}:steps=100:lrs=0.01 --rounds 10",
+}
+"""Flags of what goes on from round to round, by name; a merge of every round learns for as many steps as it needs."""
 AGAIN = f"--server-labels 0 --methods {OURS}"
 SMOKE = "fedmerge simulate --init shared --local-epochs 1 --align identity --merge fedavg --rounds 3"
 
 
-def rounds(rival: str, seed: int) -> str:
-    """Return the command of a rival's rounds.
+def rounds(name: str, seed: int) -> str:
+    """Return the command of some rounds.
 
     Args:
-        rival: a key of `RIVALS`.
+        name: a key of `COURSES`.
         seed: of the run.
     """
-    command = (
+    return (
         f"fedmerge simulate --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
         f"{PARTITIONS[PARTITION]} --init shared --local-epochs 1 --server-examples {SERVER} --server-labels 0 "
-        f"--align identity --merge fedavg --rounds {SHOWN[-1]} {RIVALS[rival]}"
+        f"{COURSES[name]} --seed {seed}"
     )
-    return f"{command.strip()} --seed {seed}"
 
 
 def many_rounds(size: str, out: Path) -> None:
@@ -59,32 +64,34 @@ def many_rounds(size: str, out: Path) -> None:
         assert len(course) == 3
         holds("FedAvg goes on from round to round", [("first", course[0]), ("last", course[-1])])
         return
-    [run] = clients([(PARTITION, "shared")], out)
-    [merged] = merge({out / "one-round-shared": (run, AGAIN)})
-    ours = merged[OURS]
-    one = statistics.fmean(ours.accuracies[seed] for seed in SEEDS)
-    cells = {
-        out / f"rounds-{place}-{seed}": rounds(rival, seed) for place, rival in enumerate(RIVALS) for seed in SEEDS
-    }
+    [run, halved] = clients([(PARTITION, "shared"), (PARTITION, "shared", "--upload-dtype float16")], out)
+    single, half = merge({out / "one-round-shared": (run, AGAIN), out / "one-round-halved": (halved, AGAIN)})
+    one = mean_of(single, OURS)
+    cells = {out / f"rounds-{place}-{seed}": rounds(name, seed) for place, name in enumerate(COURSES) for seed in SEEDS}
     of_all = iter(compare_all(cells))
-    runs = {rival: [next(of_all) for _ in SEEDS] for rival in RIVALS}
-    courses = {rival: [accuracy_by_round(item) for item in of_rival] for rival, of_rival in runs.items()}
-    means = {
-        rival: [statistics.fmean(course[number - 1] for course in of_rival) for number in SHOWN]
-        for rival, of_rival in courses.items()
-    }
-    tenth = {rival: of_rival[SHOWN.index(10)] for rival, of_rival in means.items()}
+    runs = {name: [next(of_all) for _ in SEEDS] for name in COURSES}
+    courses = {name: [accuracy_by_round(item) for item in found] for name, found in runs.items()}
+    means = {name: [statistics.fmean(values) for values in zip(*found, strict=True)] for name, found in courses.items()}
+    tenth = {name: found[9] for name, found in means.items() if name != EVERY}
     assert all(one >= accuracy for accuracy in tenth.values()), f"{one} is below {tenth}"
     holds("one round of ours is at least as good as ten", [(OURS, one), *tenth.items()])
-    traffic = {rival: bytes_of_round(of_rival[0]) for rival, of_rival in runs.items()}
+    traffic = {name: bytes_of_round(found[0]) for name, found in runs.items()}
+    rows = {f"`{OURS}`, one round of ten epochs": single[OURS], "the same, uploads in float16": half[OURS]}
     content = {
-        "commands": [command(PARTITION, "shared"), f"fedmerge merge RUN {AGAIN} --out NEW"]
-        + [rounds(rival, SEEDS[0]) for rival in RIVALS],
-        "accuracy": {OURS: [ours.accuracies[seed] for seed in SEEDS], **courses},
-        "bytes a round": {OURS: (ours.bytes_up or 0) + (ours.bytes_down or 0), **traffic},
-        "table": table(one, (ours.bytes_up or 0) + (ours.bytes_down or 0), means, traffic, courses),
+        "commands": [
+            *(command(PARTITION, "shared"), command(PARTITION, "shared", "--upload-dtype float16")),
+            *(f"fedmerge merge RUN {AGAIN} --out NEW", *(rounds(name, SEEDS[0]) for name in COURSES)),
+        ],
+        "accuracy": {**{name: list(row.accuracies.values()) for name, row in rows.items()}, **courses},
+        "bytes a round": {**{name: sent(row) for name, row in rows.items()}, **traffic},
+        "table": table(rows, means, traffic),
     }
     write("many_rounds", content, run)
+
+
+def sent(row: Row) -> int:
+    """Return what all clients send and receive in one round."""
+    return (row.bytes_up or 0) + (row.bytes_down or 0)
 
 
 def accuracy_by_round(run: Run) -> list[float]:
@@ -100,38 +107,28 @@ def bytes_of_round(run: Run) -> int:
     return int(line["bytes_up"] + line["bytes_down"])
 
 
-def table(
-    one: float,
-    sent: int,
-    means: Mapping[str, Sequence[float]],
-    traffic: Mapping[str, int],
-    courses: Mapping[str, Sequence[Sequence[float]]],
-) -> list[str]:
+def table(rows: Rows, means: Mapping[str, Sequence[float]], traffic: Mapping[str, int]) -> list[str]:
     """Return the lines of a Markdown table: accuracy in percent after so many rounds, and what they sent.
 
     Args:
-        one: accuracy of ours.
-        sent: its bytes.
-        means: each rival's accuracy at `SHOWN`.
-        traffic: its bytes a round.
-        courses: its accuracy by seed and round.
+        rows: of one round, by name; the first is what others are to reach.
+        means: accuracy by round, by name.
+        traffic: bytes a round, by name.
     """
+    titles = [f"{number} round{'s' if number > 1 else ''}" for number in SHOWN]
     lines = [
-        f"| Method | {' | '.join(f'{number} rounds' for number in SHOWN)} | Rounds to reach ours | Bytes until then |",
+        f"| Method | {' | '.join(titles)} | Rounds to reach the first row | Bytes until then |",
         f"| --- |{' ---: |' * (len(SHOWN) + 2)}",
-        f"| `{OURS}`, one round of ten epochs | {100 * one:.1f} |{' – |' * len(SHOWN)} {written(sent)} |",
     ]
-    for rival, accuracies in means.items():
-        course = [statistics.fmean(values) for values in zip(*courses[rival], strict=True)]
+    one = next(iter(rows.values())).mean or 1.0
+    for name, row in rows.items():
+        lines.append(f"| {name} | {percent(row)} |{f' {NOTHING} |' * len(SHOWN)} {written(sent(row))} |")
+    for name, course in means.items():
+        cells = [f"{100 * course[number - 1]:.1f}" if number <= len(course) else NOTHING for number in SHOWN]
         reached = next((number for number, accuracy in enumerate(course, 1) if accuracy >= one), None)
-        until = (
-            (f"not in {SHOWN[-1]}", written(SHOWN[-1] * traffic[rival]))
-            if reached is None
-            else (str(reached), written(reached * traffic[rival]))
-        )
-        lines.append(
-            f"| {rival} | {' | '.join(f'{100 * accuracy:.1f}' for accuracy in accuracies)} | {' | '.join(until)} |"
-        )
+        until = f"not in {len(course)}" if reached is None else str(reached)
+        all_bytes = written((reached or len(course)) * traffic[name])
+        lines.append(f"| {name} | {' | '.join([*cells, until, all_bytes])} |")
     return lines
 
 
