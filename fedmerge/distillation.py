@@ -33,7 +33,7 @@ from fedmerge.merge.teacher import SMOOTHING
 from fedmerge.problem import FEWEST_TO_CHOOSE, Combination, Examples, Merged, Problem, Update
 from fedmerge.seeds import fork
 from fedmerge.state import StateDict
-from fedmerge.train import LEAST_LOG_PROBABILITY, opinions
+from fedmerge.train import LEAST_LOG_PROBABILITY
 
 LRS = (1e-3, 3e-4, 3e-3)
 LABEL_SHARES = (0.5, 0.0)
@@ -77,7 +77,7 @@ def choose_teacher(
     for name in teachers if may_choose else [default]:
         members, rule = teachers[name]
         pool = pool_of(rule, problem, members, smoothing)
-        says = pool.combine(opinions(problem, members, problem.data.images))
+        says = pool.told(problem, members)
         lessons[name] = Lesson(name, says, pool.combine, pool.server_labels, {"teacher": name, "rule": rule})
         if may_choose:
             judges = problem.splits[0][1].to(says.device)

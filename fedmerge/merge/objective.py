@@ -131,7 +131,7 @@ class Objective:
             return problem
         semi = self.targets in ("mixed", "completed") and bool(known.any())
         pool = pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
-        found = pool.combine(opinions(problem, updates, data.images))
+        found = pool.told(problem, updates)
         classes = found.argmax(1)
         taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
         if self.mixtures:

@@ -28,12 +28,23 @@ class Pool:
         server_examples: how many images of the server's had a part in it.
         server_labels: whether labels of them had.
         diagnostics: in JSON's types.
+        said: the log-probabilities (clients, images, classes) of the server's images, where all had to be looked at.
     """
 
     combine: Combination
     server_examples: int = 0
     server_labels: bool = False
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    said: Tensor | None = None
+
+    def told(self, problem: Problem, updates: Sequence[Update]) -> Tensor:
+        """Return what the clients together say of the server's images, (images, classes) of log-probabilities.
+
+        Args:
+            problem: that of the pool.
+            updates: its clients.
+        """
+        return self.combine(opinions(problem, updates, problem.data.images) if self.said is None else self.said)
 
 
 def pool_of(
@@ -65,12 +76,13 @@ def pool_of(
     prior = teacher_of("counts-geometric" if counted else "mean", updates, smoothing)
     part = problem if rule == PROPAGATED else problem.restricted(problem.labelled)
     data = part.data
-    said = opinions(part, updates, data.images).cpu()
+    heard = opinions(part, updates, data.images)
+    said = heard.cpu()
     if rule == STACKED:
         return _chosen(part, prior, said)
     uses_labels = use_labels and bool(data.known.any())
     found = propagated(prior, said, data.labels.cpu() if uses_labels else None)
-    return Pool(found, len(data), uses_labels, {"prior": prior.rule})
+    return Pool(found, len(data), uses_labels, {"prior": prior.rule}, heard)
 
 
 def needs_of(rule: str) -> frozenset[str]:
