@@ -20,7 +20,7 @@ PUBLISHED = {"FedAvg": (41.69, 82.96, 83.72), "DENSE": (50.29, 83.96, 85.94), "F
 """Their Fashion-MNIST columns, in percent."""
 
 OURS = "np-distill"
-METHODS = ("ensemble-propagated", "feddf", "fresh-distill", "finetune-distill", "best-client-distill", OURS)
+METHODS = ("ensemble-propagated", "fresh-distill", "best-client-distill", OURS)
 AGAIN = f"--server-labels 0 --methods {','.join(METHODS)}"
 SMOKE = "fedmerge compare --alpha 0.3 --init shared --server-examples 200 --server-labels 0 --methods fedavg"
 

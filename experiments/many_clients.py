@@ -4,7 +4,8 @@
     python experiments/many_clients.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 The same 20,000 images are divided among more and more clients by Dirichlet(0.3); the server has 1,000 labelled images.
-Pairs are merged in three orders. At full size it writes experiments/expected/many_clients.json.
+Pairs are merged in three orders, of more than ten clients in one. At full size it writes
+experiments/expected/many_clients.json.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from fedmerge.tables import duration
 
 COUNTS = (2, 5, 10, 20, 50)
 OURS = "activations+np"
-ORDERS = ("given", "best-first", "tree")
-PAIRS = tuple(f"activations+np-pairwise:order={order}" for order in ORDERS)
-METHODS = ("fedavg", "ensemble", "server-only", "best-client-finetune", "activations+finetune", *PAIRS, OURS)
+PAIRS = tuple(f"activations+np-pairwise:order={order}" for order in ("tree", "given", "best-first"))
+FEW = 10
+"""Clients up to which all orders are tried."""
+METHODS = ("fedavg", "ensemble", "server-only", "best-client-finetune", "activations+finetune", OURS, *PAIRS)
 
 
 def command(count: int) -> str:
     """Return the command of so many clients."""
+    methods = METHODS if count <= FEW else METHODS[: METHODS.index(PAIRS[0]) + 1]
     return (
         f"fedmerge compare --data fashion-mnist --model lenet5 --clients {count} --client-examples 20000 "
         "--partition dirichlet --alpha 0.3 --init independent --server-examples 1000 --seeds 0,1,2,3,4 "
-        f"--methods {','.join(METHODS)}"
+        f"--methods {','.join(methods)}"
     )
 
 
@@ -48,20 +51,20 @@ def many_clients(size: str, out: Path) -> None:
     of_all = compare_all({out / f"many-clients-{count}": command(count) for count in COUNTS})
     runs = dict(zip(COUNTS, of_all, strict=True))
     found = {f"{count} clients": rows_of(run) for count, run in runs.items()}
-    most = found[f"{COUNTS[-1]} clients"]
-    for pairs in PAIRS:
-        assert mean_of(most, OURS) > mean_of(most, pairs) - 0.01
-        assert (most[OURS].seconds or 0) < (most[pairs].seconds or 0) / 5
-    holds("joint NP Merge of 50 clients", [(name, mean_of(most, name)) for name in (OURS, *PAIRS)])
+    most, pairs = found[f"{COUNTS[-1]} clients"], PAIRS[0]
+    assert mean_of(most, OURS) > mean_of(most, pairs) - 0.01
+    assert (most[OURS].seconds or 0) < (most[pairs].seconds or 0) / 5
+    holds(f"joint NP Merge of {COUNTS[-1]} clients", [(name, mean_of(most, name)) for name in (OURS, pairs)])
+    timed = {name: {cell: rows[name].seconds for cell, rows in found.items() if name in rows} for name in METHODS}
     seconds = [
-        f"| Seconds of `{name}` | {' | '.join(duration(rows[name].seconds) for rows in found.values())} |"
+        f"| Seconds of `{name}` | {' | '.join(duration(timed[name].get(cell)) for cell in found)} |"
         for name in (OURS, *PAIRS)
     ]
     content = {
         "commands": [command(count) for count in COUNTS],
         "hours": hours(runs.values()),
         "accuracy": accuracies(found),
-        "seconds": {name: {cell: rows[name].seconds for cell, rows in found.items()} for name in METHODS},
+        "seconds": timed,
         "table": [*table(found, METHODS), *seconds],
     }
     write("many_clients", content, runs[COUNTS[0]])
