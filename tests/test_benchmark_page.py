@@ -176,6 +176,14 @@ def test_curves_keep_their_look_in_every_figure_and_bars_leave_no_means_outside(
     assert colours[0] <= colours[1]
 
 
+def test_rounds_are_marked_at_whole_numbers() -> None:
+    curve = drawings.Curve("np", [(float(place), Difference(place / 100, None, 1)) for place in range(1, 21)])
+    (axes,) = drawings.curves_figure({"": [curve]}, "round").axes
+    marks = [float(place) for place in axes.get_xticks()]
+    assert len(marks) >= 3
+    assert all(place.is_integer() for place in marks)
+
+
 # The command.
 
 

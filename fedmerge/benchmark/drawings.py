@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from fedmerge.figures import DARKEST, LINES, THEME, WIDTH, name_places, shortened, styled
 from fedmerge.summary import Difference, Row
@@ -91,6 +92,8 @@ def curves_figure(
         grid.flat[0].set_ylim(min(means) - room, max(means) + room)
         if ticks is not None:
             grid.flat[0].set_xticks(list(ticks), list(ticks.values()))
+        elif all(float(place).is_integer() for place in places):
+            grid.flat[0].xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 5, 10]))
         figure.supxlabel(axis, fontsize=8.5, color=THEME["muted"])
         figure.supylabel("accuracy, %", fontsize=8.5, color=THEME["muted"])
         handles = [Line2D([], [], label=shortened(name, 44), **looks[name]) for name in names]
