@@ -16,11 +16,11 @@ def lenet(shape: Sequence[int], num_classes: int) -> nn.Module:
     """
     return nn.Sequential(
         nn.Conv2d(shape[0], 6, 5, bias=False),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5, bias=False),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(16 * 4 * 4, 120, bias=False),
         nn.ReLU(),

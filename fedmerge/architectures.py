@@ -1,8 +1,4 @@
-"""Small networks for simulations, in any width.
-
-Where others write ReLU, then max pooling, these pool first: the same function and the same gradients, bit for bit, of a
-quarter of the elements.
-"""
+"""Small networks for simulations, in any width."""
 
 from __future__ import annotations
 
@@ -42,11 +38,11 @@ def lenet5(shape: Shape, num_classes: int, width: float) -> nn.Module:
     first, second = _scaled(6, width), _scaled(16, width)
     features = nn.Sequential(
         nn.Conv2d(shape[0], first, 5, padding=2),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Conv2d(first, second, 5, padding=2 if min(shape[1:]) < 20 else 0),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Flatten(),
     )
     size = _output_size(features, shape)
@@ -66,11 +62,11 @@ def cnn(shape: Shape, num_classes: int, width: float) -> nn.Module:
     first, second, third = (_scaled(size, width) for size in (32, 64, 128))
     features = nn.Sequential(
         nn.Conv2d(shape[0], first, 3, padding=1),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Conv2d(first, second, 3, padding=1),
-        nn.MaxPool2d(2),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Flatten(),
     )
     size = _output_size(features, shape)
@@ -90,7 +86,7 @@ def vgg(depth: int, batch_norm: bool) -> Builder:
                 layers += [nn.BatchNorm2d(following), nn.ReLU()] if batch_norm else [nn.ReLU()]
                 channels = following
             if side >= 2:
-                layers.insert(-1, nn.MaxPool2d(2))
+                layers.append(nn.MaxPool2d(2))
                 side //= 2
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
         model = nn.Sequential(*layers)

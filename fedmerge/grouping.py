@@ -154,8 +154,7 @@ def _axis(name: str, dim: int, entries: np.ndarray, size: int) -> Axis:
 def _find_sites(trace: Trace, groups: list[_Group], number: np.ndarray) -> None:
     """Find the last node that shows each unit of a group, once if there is one, at one position of one dimension.
 
-    Averages are passed over, for they hide what units do. A max pool is not: of its windows, the reader sees no more
-    than it shows. Units that no node shows may be shown by projection.
+    Pooled values are passed over: averages hide what units do. Units that no node shows may be shown by projection.
     """
     for node, labels in trace.output_labels.items():
         if isinstance(labels, Tensor) and node.op not in ("placeholder", "get_attr"):
@@ -163,21 +162,13 @@ def _find_sites(trace: Trace, groups: list[_Group], number: np.ndarray) -> None:
             dims = varying(resolved)
             if len(dims) == 1:
                 units = line(resolved, dims[0]).numpy()
-                _show(node, dims[0], units, _elements(trace, node), groups, number)
+                _show(node, dims[0], units, trace.values[node].numel(), groups, number)
     for labels_shown, site in trace.shown:
         units = trace.units.find(labels_shown)
         for index, chosen in _by_group(units, number):
             group = groups[index]
             if group.site is None and np.array_equal(units[chosen], group.units):
                 group.site = replace(site, index=tuple(site.index[position] for position in chosen.tolist()))
-
-
-def _elements(trace: Trace, node: fx.Node) -> int:
-    """Count the elements that a node's output stands for: those of a max pool's input, also after an activation."""
-    while node in trace.stand_for:
-        node = trace.stand_for[node]
-    found: int = trace.values[node].numel()
-    return found
 
 
 def _show(node: fx.Node, dim: int, units: np.ndarray, elements: int, groups: list[_Group], number: np.ndarray) -> None:

@@ -45,8 +45,7 @@ class Moved:
 class Trace:
     """The state of a derivation: labels of every node's output, and what is known of the labels.
 
-    Rules use `labels`, `along`, `spread`, `shape`, `fresh`, `touch`, `unify`, `fix`, `mark`, `mark_each` and `show`;
-    in `stand_for` they say of which other node an output shows all that counts.
+    Rules use `labels`, `along`, `spread`, `shape`, `fresh`, `touch`, `unify`, `fix`, `mark`, `mark_each` and `show`.
     """
 
     def __init__(self, model: nn.Module, rules: RuleTable) -> None:
@@ -58,7 +57,6 @@ class Trace:
         self.touched: dict[Part, Touched] = {}
         self.marks: list[tuple[Hashable, np.ndarray]] = []
         self.shown: list[tuple[np.ndarray, Site]] = []
-        self.stand_for: dict[fx.Node, fx.Node] = {}
         self.tensors = dict(model.state_dict(keep_vars=True))
         self._first_names: dict[int, str] = {}
         for name, tensor in self.tensors.items():

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedmerge import parts
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
+from fedmerge.reordered import reordered
 from fedmerge.replay import replay_of
 from fedmerge.seeds import default_generator, fork
 from fedmerge.sgd import Descent, diverged
@@ -85,9 +86,10 @@ def fit(
     descent = Descent(trained, recipe, steps=recipe.epochs * num_batches(len(examples), recipe.batch_size))
     device = examples.images.device
     replay = replay_of(model, device)
+    forward = reordered(model)
 
     def gradients(images: Tensor, labels: Tensor) -> Sequence[Tensor | None]:
-        loss = functional.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(forward(images), labels)
         return [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
 
     mean_loss = math.nan
@@ -125,9 +127,10 @@ def predict(model: nn.Module, state: StateDict, images: Tensor) -> Tensor:
         state: its weights.
         images: on the state's device.
     """
+    forward = reordered(model)
     with evaluating(model):
         return torch.cat(
-            [functional_call(model, dict(state), (part,)) for part in torch.split(images, EVALUATION_BATCH)]
+            [functional_call(forward, dict(state), (part,)) for part in torch.split(images, EVALUATION_BATCH)]
         )
 
 

@@ -61,6 +61,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "sgd",
             "replay",
             "parts",
+            "reordered",
             "train",
             "batched",
             "calibrate",

@@ -2,7 +2,6 @@ import pytest
 import torch
 from invariance import changed_by_one_side, outputs, permutations, random_state
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from fedmerge.basis import rebase
 from fedmerge.models import create
@@ -226,33 +225,11 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_units_are_observed_at_their_last_node_before_averages() -> None:
+def test_units_are_observed_at_their_last_node_before_pooling() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
     model.append(nn.Linear(4, 2))
     (space,) = symmetry(model, torch.zeros(1, 1, 4, 4))
     assert (space.site.node, space.site.dim, space.site.index) == ("_2", 1, (0, 1, 2, 3))
-
-
-@pytest.mark.parametrize("layers", [(nn.ReLU(), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.ReLU())], ids=str)
-def test_units_are_observed_as_a_max_pool_leaves_them(layers: tuple[nn.Module, ...]) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), *layers, nn.Conv2d(4, 2, 2))
-    (space,) = symmetry(model, torch.zeros(1, 1, 6, 6))
-    assert space.site.node == "_2"
-
-
-def test_a_sum_with_pooled_units_is_no_more_than_it_shows() -> None:
-    class Shortcut(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 2)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            pooled = functional.max_pool2d(torch.relu(self.first(inputs)), 2)
-            output: Tensor = self.head(pooled + self.second(pooled))
-            return output
-
-    (space,) = symmetry(Shortcut(), torch.zeros(1, 1, 6, 6))
-    assert space.site.node == "max_pool2d"
 
 
 def test_a_model_that_does_not_run_in_double_precision_is_refused() -> None:

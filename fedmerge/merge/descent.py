@@ -24,6 +24,7 @@ from fedmerge.merge.augment import augmented
 from fedmerge.merge.coordinates import Coordinates, Weights
 from fedmerge.merge.mixture import Mixture
 from fedmerge.problem import Examples, Problem
+from fedmerge.reordered import reordered
 from fedmerge.replay import Replay, records
 from fedmerge.seeds import default_generator, derive
 from fedmerge.state import StateDict
@@ -167,7 +168,7 @@ def gradients(
     """
     parameters = {name: tensor.detach() for name, tensor in coordinates.parameters().items()}
     leaves = [parameters[name].requires_grad_() for name in coordinates.names]
-    logits = functional_call(problem.model, {**parameters, **buffers}, (images,))
+    logits = functional_call(reordered(problem.model), {**parameters, **buffers}, (images,))
     loss = functional.cross_entropy(logits, logits.softmax(1) if entropy else wanted)
     found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return dict(zip(coordinates.names, found, strict=True))

@@ -20,7 +20,7 @@ from fedmerge.rules.attention import (
     scaled_dot_product_attention,
     shifted_window_attention,
 )
-from fedmerge.rules.elements import max_pooling, normalization, pointwise, pooling, reduction, unchanged
+from fedmerge.rules.elements import normalization, pointwise, pooling, reduction, unchanged
 from fedmerge.rules.layers import (
     batch_norm,
     convolution,
@@ -50,16 +50,13 @@ _POINTWISE: tuple[Any, ...] = (
 )
 _UNCHANGED = ("contiguous", "clone", "float", "double", "to", "type_as", "detach")
 _POOLING = (
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample, functional.interpolate),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample),
+    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
     *(functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
     *(functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d),
-    *(functional.adaptive_max_pool1d, functional.adaptive_max_pool2d),
-)
-_MAX_POOLING = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
+    *(functional.adaptive_max_pool1d, functional.adaptive_max_pool2d, functional.interpolate),
 )
 _MOVEMENT = (
     *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, torch.flatten, torch.stack, torch.chunk, torch.split, torch.unbind),
@@ -93,7 +90,6 @@ RULES: RuleTable = {
     **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(_UNCHANGED, unchanged),
     **dict.fromkeys(_POOLING, pooling),
-    **dict.fromkeys(_MAX_POOLING, max_pooling),
     **dict.fromkeys((torch.mean, torch.sum, torch.var, torch.std, "mean", "sum", "var", "std"), reduction),
     **dict.fromkeys((nn.Softmax, nn.LogSoftmax, torch.softmax, torch.log_softmax), normalization),
     **dict.fromkeys((functional.softmax, functional.log_softmax, functional.normalize, "softmax"), normalization),

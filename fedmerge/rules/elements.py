@@ -23,8 +23,6 @@ def pointwise(trace: Trace, node: fx.Node) -> Tensor:
     shape = trace.shape(node)
     operands = [item for item in node.all_input_nodes if isinstance(trace.values[item], Tensor)]
     found = [trace.labels(item) for item in operands]
-    if len(operands) == 1:
-        trace.stand_for[node] = operands[0]
     loose = [trace.is_loose(item) for item in operands]
     if node.target not in ADDITIONS:
         for labels, is_loose in zip(found, loose, strict=True):
@@ -64,12 +62,6 @@ def pooling(trace: Trace, node: fx.Node) -> Tensor:
     units = trace.along(input_of(trace, node), 1)
     trace.mark(units, node.name)
     return trace.spread(units, node, 1)
-
-
-def max_pooling(trace: Trace, node: fx.Node) -> Tensor:
-    """Each unit is pooled over positions by itself, and what is left is what the unit did where it did most."""
-    trace.stand_for[node] = input_of(trace, node)
-    return pooling(trace, node)
 
 
 def reduction(trace: Trace, node: fx.Node) -> Tensor:
