@@ -16,7 +16,7 @@ from pathlib import Path
 
 from _run import Rows, compare, compare_all, holds, main, mean_of, merge, rows_of, write
 
-from fedmerge.catalogue import needs
+from fedmerge.methods import needs
 from fedmerge.tables import NOTHING, duration, percent
 
 INITS = ("shared", "independent")

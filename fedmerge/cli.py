@@ -212,7 +212,8 @@ def show() -> None:
 
 
 def _methods(text: str, models: str = "") -> list[str]:
-    from fedmerge.catalogue import METHODS, MIXED_METHODS, method_name, parse_method
+    from fedmerge.catalogue import METHODS, MIXED_METHODS
+    from fedmerge.methods import method_name, parse_method
 
     default = MIXED_METHODS if models else METHODS
     given: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()] if text else default

@@ -14,11 +14,11 @@ from typing import cast
 
 from fedmerge import federation, federation_models, results
 from fedmerge.actorside import Failure
-from fedmerge.catalogue import parse_method
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.machine import choose_device, reproducible
 from fedmerge.merge.shares import describe_shares, is_mixture
+from fedmerge.methods import parse_method
 from fedmerge.mixed import is_mixed, merge_federation
 from fedmerge.oneshot import Alignment, lesson, merge_aligned, prepare, screens
 from fedmerge.outcomes import Outcome

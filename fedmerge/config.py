@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedmerge.catalogue import SCREENS, STATISTICS, needs
+from fedmerge.catalogue import SCREENS, STATISTICS
 from fedmerge.devices import Device, parse_devices
+from fedmerge.methods import needs
 from fedmerge.settings import ConfigurationError, Value, convert, counted, flag, key, known
 
 if sys.version_info >= (3, 11):

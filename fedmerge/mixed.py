@@ -20,13 +20,14 @@ from dataclasses import replace
 from typing import Any
 
 from fedmerge import oneshot
-from fedmerge.catalogue import MERGERS, method_name, needs, parse_method, resolve
+from fedmerge.catalogue import MERGERS
 from fedmerge.conforming import conformed
 from fedmerge.distillation import choose_teacher, distil
 from fedmerge.families import Family, families_of, next_starts
 from fedmerge.merge.best import BestClient
 from fedmerge.merge.descent import Schedule
 from fedmerge.merge.teacher import PROPAGATED, SMOOTHING
+from fedmerge.methods import method_name, needs, parse_method, resolve
 from fedmerge.outcomes import Outcome, Step
 from fedmerge.problem import Examples, Merged, Problem, Update
 from fedmerge.seeds import generator

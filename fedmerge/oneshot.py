@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS, parse_method, resolve
+from fedmerge.catalogue import ALIGNERS, MERGERS, SCREENS
 from fedmerge.conforming import conformed
 from fedmerge.memory import Peak, foreseen
 from fedmerge.merge.best import best_client
 from fedmerge.merge.finetune import FineTune
 from fedmerge.merge.objective import Objective
+from fedmerge.methods import parse_method, resolve
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import LABEL_COUNTS, LABELS, Aligned, Merged, Problem, Update
 from fedmerge.screening import Screening

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from fedmerge.catalogue import STATISTICS, needs
+from fedmerge.catalogue import STATISTICS
 from fedmerge.config import Config
+from fedmerge.methods import needs
 from fedmerge.runs import Run
 from fedmerge.settings import ConfigurationError, flag, known
 
@@ -91,7 +92,7 @@ def rebudgeted(run: Run, budgets: Mapping[str, int], *, apart: bool) -> Config:
 def _check(config: Config, methods: Sequence[str]) -> None:
     """Find out what is wrong before anything is written: names, then data, partition and model."""
     from fedmerge import federation, models
-    from fedmerge.catalogue import parse_method
+    from fedmerge.methods import parse_method
     from fedmerge.names import DATASETS, PARTITIONS
     from fedmerge.privacy import check_model
 
@@ -118,7 +119,7 @@ def _check(config: Config, methods: Sequence[str]) -> None:
 
 def _check_mixed(config: Config, methods: Sequence[str]) -> None:
     """Find out whether methods can be used where the clients' architectures differ."""
-    from fedmerge.catalogue import parse_method
+    from fedmerge.methods import parse_method
     from fedmerge.mixed import check_mixed
 
     if config.client_statistics:

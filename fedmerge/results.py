@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedmerge.catalogue import STATISTICS, needs
+from fedmerge.catalogue import STATISTICS
+from fedmerge.methods import needs
 from fedmerge.outcomes import SEPARATOR, Outcome, Step
 from fedmerge.privacy import guarantee
 from fedmerge.problem import Examples, Merged, Problem, Update

@@ -17,10 +17,10 @@ from torch import nn
 
 from fedmerge import federation, federation_models, oneshot, results
 from fedmerge.anchor import trained_anchor
-from fedmerge.catalogue import method_name
 from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.machine import reproducible
+from fedmerge.methods import method_name
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Progress, Update, silent
 from fedmerge.recording import Recall, RecordingGrid, round_of

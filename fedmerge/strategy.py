@@ -23,9 +23,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedmerge import mixed, oneshot
-from fedmerge.catalogue import parse_method
 from fedmerge.goingon import GoingOn
 from fedmerge.machine import choose_device
+from fedmerge.methods import parse_method
 from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent

@@ -12,9 +12,10 @@ from fedmerge.align.activations import Activations
 from fedmerge.align.matching import correlation, match
 from fedmerge.architectures import ResidualBlock
 from fedmerge.calibrate import calibrate
-from fedmerge.catalogue import ALIGNERS, resolve
+from fedmerge.catalogue import ALIGNERS
 from fedmerge.features import Moments
 from fedmerge.merge.average import mean_state
+from fedmerge.methods import resolve
 from fedmerge.oneshot import align_updates
 from fedmerge.problem import Aligner, Examples, Problem, Update
 from fedmerge.seeds import default_generator

@@ -15,9 +15,10 @@ from fedmerge.align.comparison import Comparison
 from fedmerge.align.identity import Identity
 from fedmerge.align.zipit import ZipIt
 from fedmerge.calibrate import calibrate
-from fedmerge.catalogue import ALIGNERS, resolve
+from fedmerge.catalogue import ALIGNERS
 from fedmerge.features import Joint, joint_moments
 from fedmerge.merge.average import mean_state
+from fedmerge.methods import resolve
 from fedmerge.problem import Aligned, Examples, Problem
 from fedmerge.spaces import UnsupportedOperation
 from fedmerge.train import evaluate

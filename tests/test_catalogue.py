@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedmerge.catalogue import ALIGNERS, MERGERS, Entry, method_name, parse_method, resolve
+from fedmerge.catalogue import ALIGNERS, MERGERS, Entry
+from fedmerge.methods import method_name, parse_method, resolve
 from fedmerge.problem import Aligner, Merger
 from fedmerge.settings import ConfigurationError
 

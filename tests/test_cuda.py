@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from fedmerge.basis import BasisChange, Linear, Permutation
 from fedmerge.batched import Training, fit_many
 from fedmerge.calibrate import calibrate
-from fedmerge.catalogue import ALIGNERS, MERGERS, STATISTICS, resolve
+from fedmerge.catalogue import ALIGNERS, MERGERS, STATISTICS
 from fedmerge.features import joint_moments, with_reference
 from fedmerge.machine import reproducible
 from fedmerge.merge.coordinates import Coordinates
 from fedmerge.merge.descent import Candidate, Schedule, descend
 from fedmerge.merge.mixture import GROUPS
 from fedmerge.merge.pair import SigmoidPair
+from fedmerge.methods import resolve
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Problem

@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
-from fedmerge.catalogue import ALIGNERS, MERGERS, parse_method
+from fedmerge.catalogue import ALIGNERS, MERGERS
 from fedmerge.cli import main
+from fedmerge.methods import parse_method
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from problems import problem_of, same, trained
 
-from fedmerge.catalogue import MERGERS, needs, resolve
+from fedmerge.catalogue import MERGERS
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.taskvectors import start_of, task_vectors
+from fedmerge.methods import needs, resolve
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Merger, Problem, Update
 from fedmerge.settings import ConfigurationError

@@ -31,6 +31,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "names",
             "settings",
             "catalogue",
+            "methods",
             "seeds",
             "state",
             "spaces",
@@ -194,7 +195,7 @@ LAYERS: dict[str, frozenset[str]] = {
 }
 ORDER = list(LAYERS)
 
-LIGHT = ("catalogue", "config", "devices", "errors", "names", "settings")
+LIGHT = ("catalogue", "config", "devices", "errors", "methods", "names", "settings")
 
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fedmerge import memory
 from fedmerge.basis import rebase
-from fedmerge.catalogue import ALIGNERS, MERGERS, resolve
+from fedmerge.catalogue import ALIGNERS, MERGERS
 from fedmerge.features import joint_moments, joint_size
 from fedmerge.memory import Peak, TooLarge, anonymous, available, foreseen, require
+from fedmerge.methods import resolve
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Problem, Update
 from fedmerge.settings import ConfigurationError

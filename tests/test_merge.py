@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from fedmerge.catalogue import MERGERS, STATISTICS, resolve
+from fedmerge.catalogue import MERGERS, STATISTICS
 from fedmerge.merge.average import Average, mean_state
 from fedmerge.merge.best import BestClient, best_client
 from fedmerge.merge.descent import Candidate, Weights, descend, split_state
@@ -17,6 +17,7 @@ from fedmerge.merge.finetune import FineTune, fresh_state
 from fedmerge.merge.mixture import AffineMixture
 from fedmerge.merge.nonuniform import GROUPS, NPMerge, PairwiseNPMerge
 from fedmerge.merge.pair import SigmoidPair
+from fedmerge.methods import resolve
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Merger, Problem, Update
 from fedmerge.train import batches, evaluate

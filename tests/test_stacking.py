@@ -10,10 +10,11 @@ from problems import blobs, problem_of, same, trained
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge.catalogue import MERGERS, resolve
+from fedmerge.catalogue import MERGERS
 from fedmerge.merge.pool import pool_of
 from fedmerge.merge.stacking import Stacker, stack
 from fedmerge.merge.teacher import Teacher
+from fedmerge.methods import resolve
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import UNKNOWN, Examples, Merged, Problem
 from fedmerge.settings import ConfigurationError

@@ -10,12 +10,12 @@ import torch
 from problems import problem_of, same, trained
 from torch import Tensor
 
-from fedmerge.catalogue import needs
 from fedmerge.merge.arithmetic import TaskArithmetic
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.choice import Setting, choose_setting
 from fedmerge.merge.taskvectors import start_of, task_vectors
 from fedmerge.merge.ties import TIES, elected_mean, trimmed
+from fedmerge.methods import needs
 from fedmerge.problem import Merger, Problem, Update
 from fedmerge.settings import ConfigurationError
 from fedmerge.train import evaluate

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge import federation
-from fedmerge.catalogue import MERGERS, resolve
+from fedmerge.catalogue import MERGERS
 from fedmerge.compare import Bench
 from fedmerge.config import Config
 from fedmerge.merge.descent import Candidate, Weights, descend
 from fedmerge.merge.objective import TARGETS, Objective
 from fedmerge.merge.teacher import RULES, Teacher, class_weights, teacher_of
+from fedmerge.methods import resolve
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Problem, Update

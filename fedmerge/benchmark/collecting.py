@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmerge.catalogue import method_name
 from fedmerge.config import Config
+from fedmerge.methods import method_name
 from fedmerge.outcomes import SEPARATOR
 from fedmerge.runs import Result, Run, RunError
 from fedmerge.settings import Value, key
