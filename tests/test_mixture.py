@@ -272,6 +272,11 @@ def test_one_model_is_returned_as_it_is_in_every_form(form: str) -> None:
 # Decay, averages, augmentation.
 
 
+@pytest.mark.parametrize(("steps", "waits"), [(10, 80), (300, 80), (600, 160), (3000, 800)])
+def test_longer_descents_wait_longer_for_a_better_loss(steps: int, waits: int) -> None:
+    assert Schedule(steps=steps).waits == waits
+
+
 def descended(schedule: Schedule, make: Callable[[], Mixture], steps: int = 20, lr: float = 0.05) -> dict[str, Tensor]:
     problem, _ = doubles(2)
     *_, found = descend(problem, Candidate({}, lr, make), {}, problem.data, [0, steps], seed=3, schedule=schedule)

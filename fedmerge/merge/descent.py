@@ -52,7 +52,7 @@ class Schedule:
     Attributes:
         steps: most steps.
         check_every: steps between two looks at the validation loss.
-        patience: looks without a new best after which it ends.
+        patience: looks without a new best after which it ends, where it has 300 steps or fewer (see `waits`).
         default_steps: steps where nothing can be chosen.
         decay: pull of the coordinates toward 0, as a share of the learning rate (AdamW's weight decay).
         average: look at the mean of the coordinates over the steps since the last look, not at where they are.
@@ -68,6 +68,11 @@ class Schedule:
     average: bool = False
     augment: str = "none"
     entropy: bool = False
+
+    @property
+    def waits(self) -> int:
+        """Steps without a new best after which it ends: as many more as it has more steps."""
+        return self.check_every * max(self.patience, round(self.patience * self.steps / Schedule.steps))
 
 
 @dataclass(frozen=True)

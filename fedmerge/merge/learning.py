@@ -167,6 +167,6 @@ def _course(problem: Problem, candidate: Candidate, buffers: StateDict, schedule
         if not best.state or losses[-1] < best.loss:
             best = Course(losses.copy(), steps, problem.kept(states[0]), losses[-1])
         del states  # they would be held in all the steps to come
-        if steps - best.steps >= schedule.patience * schedule.check_every:
+        if steps - best.steps >= schedule.waits:
             break
     return replace(best, last=losses[-1])
