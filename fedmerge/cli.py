@@ -36,7 +36,8 @@ def simulate(context: click.Context, /, resume: bool, quiet: bool, as_json: bool
 
         console.hush_flower()
         config, run = prepare(context, "simulate", Config(**flags), resume, stack)
-        simulate_on_ray(config, run, progress=console.progress, resume=resume)
+        if not run.has_last_round:
+            simulate_on_ray(config, run, progress=console.progress, resume=resume)
         console.finish(run)
 
 

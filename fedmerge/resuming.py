@@ -42,7 +42,7 @@ def enter(path: Path, config: Config) -> Run:
     run = Run.open(path)
     if run.settings["command"] != COMMAND or run.config != config:
         raise RunError(f"{path} holds a run of other settings: give another out, or the settings in its config.json")
-    if any(result["status"] == "ok" and result["round"] >= config.rounds for result in run.results()):
+    if run.has_last_round:
         raise RunError(f"{path} holds this run, completed: fetch it, or give another out to run it again")
     logger.warning("%s holds this run, interrupted: it goes on", path)
     return run

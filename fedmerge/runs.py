@@ -109,6 +109,12 @@ class Run:
         """The federation's configuration."""
         return Config.from_mapping(self.settings["config"])
 
+    @property
+    def has_last_round(self) -> bool:
+        """Whether a method came to the end of the last round: there is nothing to go on with."""
+        rounds = self.config.rounds
+        return any(result["status"] == "ok" and result["round"] >= rounds for result in self.results())
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing into the folder; the lock ends with the process, however it ends.

@@ -292,6 +292,11 @@ def test_a_run_killed_while_training_resumes_to_the_same_model_and_trains_no_cli
     assert states[0].keys() == states[1].keys()
     for name, state in states[0].items():
         assert all(torch.equal(tensor, states[1][name][key]) for key, tensor in state.items()), name
+    results = (tmp_path / "killed" / "results.jsonl").read_bytes()
+    finished = spawn("simulate", "--resume", "--out", tmp_path / "killed")
+    output, _ = finished.communicate(timeout=100)
+    assert finished.returncode == 0, output
+    assert (tmp_path / "killed" / "results.jsonl").read_bytes() == results, "nothing was left to do"
     again = spawn("simulate", "--resume", "--clients", "7", "--out", tmp_path / "killed")
     output, _ = again.communicate(timeout=100)
     assert again.returncode == 1
