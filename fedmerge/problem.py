@@ -185,10 +185,11 @@ class Problem:
         if not self.may_choose:
             return ()
         judges = self.data.known.cpu().nonzero()[:, 0]
-        number, used = (NUM_PARTS, 1) if len(judges) >= FEWEST_TO_SPLIT else (NUM_FOLDS, NUM_FOLDS)
-        parts = _stratified_parts(self.data.labels.cpu()[judges], number, generator(self.seed, "server", "folds"))[
-            :used
-        ]
+        one_is_enough = len(judges) >= FEWEST_TO_SPLIT
+        number = NUM_PARTS if one_is_enough else NUM_FOLDS
+        parts = _stratified_parts(self.data.labels.cpu()[judges], number, generator(self.seed, "server", "folds"))
+        if one_is_enough:
+            parts = parts[:1]
         everything = torch.arange(len(self.data))
         return tuple((everything[~torch.isin(everything, judges[part])], judges[part]) for part in parts)
 
