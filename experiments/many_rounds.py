@@ -33,7 +33,7 @@ COURSES = {
     "FedProx(0.01)": "--align identity --merge fedavg --rounds 20 --proximal-mu 0.01",
     EVERY: f"--align identity --merge {OURS}:steps=100:lrs=0.01 --rounds 10",
 }
-"""Flags of what goes on from round to round, by name; a merge of every round learns for as many steps as it needs."""
+"""Flags of what goes on from round to round, by name; a merge of every round has 100 steps at one rate, not tuned."""
 AGAIN = f"--server-labels 0 --methods {OURS}"
 SMOKE = "fedmerge simulate --init shared --local-epochs 1 --align identity --merge fedavg --rounds 3"
 
