@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -166,20 +166,17 @@ def rows_of(run: Run) -> dict[str, Row]:
     return {row.method: row for row in summarize(run.results(), run.settings["seeds"])}
 
 
-def hours(trained: Iterable[Run], merged: Iterable[Rows] = ()) -> float:
+def hours(trained: Collection[Run], merged: Iterable[Rows] = ()) -> float:
     """Return the hours of one core that clients took to train, and methods to merge them.
 
     Args:
         trained: runs of one round.
         merged: rows by method of further merges.
     """
-    seconds = 0.0
-    for run in trained:
-        for seed in run.settings["seeds"]:
-            seconds += sum(float(update.metrics["seconds"]) for update in run.load_updates(seed))
-        merged = [*merged, rows_of(run)]
-    seconds += sum((row.seconds or 0) * len(row.accuracies) for rows in merged for row in rows.values())
-    return round(seconds / 3600, 2)
+    updates = (update for run in trained for seed in run.settings["seeds"] for update in run.load_updates(seed))
+    training = sum(float(update.metrics["seconds"]) for update in updates)
+    rows = (row for found in (*merged, *map(rows_of, trained)) for row in found.values())
+    return round((training + sum((row.seconds or 0) * len(row.accuracies) for row in rows)) / 3600, 2)
 
 
 def mean_of(rows: Rows, method: str) -> float:

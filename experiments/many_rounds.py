@@ -19,8 +19,8 @@ from _clients import PARTITIONS, SERVER, clients, command
 from _run import Rows, compare, compare_all, holds, main, mean_of, merge, write
 
 from fedmerge.runs import Run
-from fedmerge.summary import Row
-from fedmerge.tables import NOTHING, percent
+from fedmerge.summary import Difference, Row, with_interval
+from fedmerge.tables import NOTHING, percent, points
 from fedmerge.tables import size as written
 
 PARTITION = "Dirichlet(0.1)"
@@ -83,10 +83,28 @@ def many_rounds(size: str, out: Path) -> None:
             *(f"fedmerge merge RUN {AGAIN} --out NEW", *(rounds(name, SEEDS[0]) for name in COURSES)),
         ],
         "accuracy": {**{name: list(row.accuracies.values()) for name, row in rows.items()}, **courses},
+        "one round is above by": {
+            f"{name}, {number} rounds": points(above(single[OURS], found, number))
+            for name, found in courses.items()
+            for number in (10, 20)
+            if number <= len(found[0])
+        },
         "bytes a round": {**{name: sent(row) for name, row in rows.items()}, **traffic},
         "table": table(rows, means, traffic),
     }
     write("many_rounds", content, run)
+
+
+def above(row: Row, courses: Sequence[Sequence[float]], number: int) -> Difference:
+    """Return by how much a method is more accurate than some rounds are, paired by seed.
+
+    Args:
+        row: of all `SEEDS`.
+        courses: accuracy by seed and round.
+        number: of rounds.
+    """
+    pairs = zip(SEEDS, courses, strict=True)
+    return with_interval([row.accuracies[seed] - course[number - 1] for seed, course in pairs])
 
 
 def sent(row: Row) -> int:
@@ -120,7 +138,7 @@ def table(rows: Rows, means: Mapping[str, Sequence[float]], traffic: Mapping[str
         f"| Method | {' | '.join(titles)} | Rounds to reach the first row | Bytes until then |",
         f"| --- |{' ---: |' * (len(SHOWN) + 2)}",
     ]
-    one = next(iter(rows.values())).mean or 1.0
+    one = mean_of(rows, next(iter(rows)))
     for name, row in rows.items():
         lines.append(f"| {name} | {percent(row)} |{f' {NOTHING} |' * len(SHOWN)} {written(sent(row))} |")
     for name, course in means.items():
