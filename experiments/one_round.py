@@ -20,13 +20,14 @@ from fedmerge.tables import markdown_table
 OURS = "activations+np"
 FAILING = ("fedavg", "mean", "activations+mean")
 LEAST_GAIN = 0.05
+HEAD = "activations+head-finetune"
 TOLD = ("fresh-semi", "best-client-semi", "activations+np-semi")
 """Methods that learn from the labels and from the clients' opinions: ours, and its controls."""
 
 COMMANDS = {
     "full": "fedmerge compare --data fashion-mnist --model cnn --clients 5 --client-examples 20000 "
     "--partition dirichlet --alpha 0.1 --init independent --server-examples 1000 --seeds 0,1,2,3,4 "
-    f"--methods {','.join((*METHODS, *TOLD))}",
+    f"--methods {','.join((*METHODS, HEAD, *TOLD))}",
     "smoke": f"fedmerge compare --methods {','.join((*FAILING, OURS))}",
 }
 
