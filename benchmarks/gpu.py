@@ -39,7 +39,12 @@ EXAMPLES = 320
 
 def benchmark(quick: bool) -> list[Row]:
     """Return the rows of all measurements."""
-    return [row for part in (steps, training, alignment, memory, rounds) for row in part(quick)]
+    rows: list[Row] = []
+    for part in (steps, training, alignment, memory, rounds):
+        began = now()
+        rows += part(quick)
+        print(f"{part.__name__}: {now() - began:.0f} s", file=sys.stderr, flush=True)
+    return rows
 
 
 def steps(quick: bool) -> list[Row]:

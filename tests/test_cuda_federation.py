@@ -21,7 +21,10 @@ pytestmark = NEEDS_GPU
 def test_a_merge_tells_the_gpus_memory() -> None:
     problem, updates = problem_of("mlp"), trained("mlp")
     size = num_bytes(updates[0].state)
-    outcome = merge_updates(on_gpu(problem), updates, align="identity", merge="np:groups=parameter:steps=20", seed=0)
+    for _ in range(2):  # cuBLAS takes its scratch memory (32 MiB) in the first
+        outcome = merge_updates(
+            on_gpu(problem), updates, align="identity", merge="np:groups=parameter:steps=20", seed=0
+        )
     assert outcome.peak_bytes is not None
     assert 4 * size < outcome.peak_bytes < 40 * size
 
