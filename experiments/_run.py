@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fedmerge.machine import num_cores
 from fedmerge.runs import Run, file_name
 from fedmerge.summary import Difference, Row, summarize, with_interval
 from fedmerge.tables import NOTHING, percent
@@ -27,8 +28,7 @@ FIGURES = HERE.parent / "docs" / "figures"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))}
 """Of the commands: the models that experiments define can be imported by name."""
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""That this process may use."""
+CORES = num_cores()
 CORES_OF_ONE = 5
 """That a comparison keeps busy, of five clients."""
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _run import EXPECTED, Rows, advantage, compare, holds, mean_of, parser, rows_of, table, write
+from _run import CORES, EXPECTED, Rows, advantage, compare, holds, mean_of, parser, rows_of, table, write
 
 from fedmerge.runs import Run
 from fedmerge.summary import Difference, Row
@@ -209,8 +208,7 @@ def main() -> None:
     flags.add_argument("--epochs", type=int, default=EPOCHS)
     flags.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     flags.add_argument("--client-examples", type=int, default=0, help="images of a client, on average; 0: all")
-    cores = os.cpu_count() or 1
-    flags.add_argument("--side-by-side", type=int, default=max(1, cores // 2), help="cells that run at a time")
+    flags.add_argument("--side-by-side", type=int, default=max(1, CORES // 2), help="cells that run at a time")
     given = flags.parse_args()
     machine = f"--data-dir '{Path(given.data_dir).absolute()}' --quiet" if given.data_dir else "--quiet"
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmerge.machine import num_cores
 from fedmerge.settings import ConfigurationError
 
 LONGEST_REASON = 600
@@ -29,7 +30,7 @@ class Resources:
         cpus: of an actor, more than 0.
         gpus: of an actor; a fraction shares one.
         address: of a running Ray cluster; empty: start Ray on this machine, if this process has not.
-        num_cpus: of a Ray that is started here; None: the machine's cores.
+        num_cpus: of a Ray that is started here; None: the cores that this process may use.
         num_gpus: of a Ray that is started here, logical ones; None: the machine's.
     """
 
@@ -62,7 +63,7 @@ def running_ray(resources: Resources) -> tuple[Any, bool]:
         return ray, False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not resources.address:
-        num_cpus = resources.num_cpus or os.cpu_count()
+        num_cpus = resources.num_cpus or num_cores()
         ray.init(num_cpus=num_cpus, num_gpus=resources.num_gpus, include_dashboard=False, **options)
         return ray, True
     try:

@@ -16,6 +16,11 @@ WORKSPACE = ":4096:8"
 """cuBLAS's scratch memory, fixed in size, without which its products are not the same again."""
 
 
+def num_cores() -> int:
+    """Return how many cores this process may use, which in a container or under `taskset` is not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of the setting `device`; "auto" is CUDA where this process has one.
 
@@ -41,7 +46,7 @@ def choose_device(name: str) -> torch.device:
 def num_threads(count: int) -> Iterator[None]:
     """Let torch compute with `count` CPU threads inside the block (0: as many as there are cores), then as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    torch.set_num_threads(count or num_cores())
     try:
         yield
     finally:

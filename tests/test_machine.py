@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from fedmerge.machine import WORKSPACE, reproducible
+from fedmerge.machine import WORKSPACE, num_cores, reproducible
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -38,3 +38,14 @@ def test_where_there_is_a_gpu_algorithms_are_deterministic_inside_and_as_before_
 def test_on_cpus_nothing_but_the_threads_is_set() -> None:
     with reproducible():
         assert torch.are_deterministic_algorithms_enabled() is False
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are bound to cores on Linux alone")
+def test_of_the_cores_those_count_that_the_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert num_cores() == len(before)
