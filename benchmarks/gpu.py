@@ -236,8 +236,8 @@ def rounds(quick: bool) -> list[Row]:
         split="test",
         model="lenet5",
         partition="iid",
-        clients=100,
-        client_examples=1000,
+        clients=40,
+        client_examples=400,
         local_epochs="10",
     )
     recipe = LocalTraining(epochs=10)
@@ -256,7 +256,7 @@ def rounds(quick: bool) -> list[Row]:
         found["plain loop, one process"] = Timing(bare.wall, bare.wall)
     floor = found["plain loop, one process"]
     return [
-        _row(f"a round of 100 lenet5, 10 epochs of 10 images: {name}", timing, floor) for name, timing in found.items()
+        _row(f"a round of 40 lenet5, 10 epochs of 10 images: {name}", timing, floor) for name, timing in found.items()
     ]
 
 
