@@ -12,10 +12,12 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
 from fedmerge import federation, privacy, sitedata
 from fedmerge.anchor import anchored
@@ -26,8 +28,9 @@ from fedmerge.machine import choose_device, reproducible
 from fedmerge.metrics import PARTITION_ID
 from fedmerge.nodes import of_device, own_model, partition_of, site_settings
 from fedmerge.orders import Order, own_start, told_of, workspace
-from fedmerge.problem import Update
+from fedmerge.problem import Examples, Update
 from fedmerge.settings import ConfigurationError, Value
+from fedmerge.sgd import Diverged
 from fedmerge.state import StateDict
 from fedmerge.train import Evaluation, evaluate, fit, laid_out
 from fedmerge.wire import (
@@ -46,6 +49,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+RESTARTS = 3
+"""Times that a client whose training diverges starts again, each at half the learning rate: it is asked but once. Not
+with differential privacy, where each training costs some."""
 
 _sent: dict[tuple[object, ...], tuple[list[bytes], StateDict]] = {}
 """The weights that were read last, by the identity of their bytes, which are kept so that no others can have it."""
@@ -118,7 +125,9 @@ def train_client(
         secret: as in `Order`.
 
     Returns:
-        The update, on the CPU. With `dp_noise` it tells its ε and δ, and no loss and accuracy: these have no noise.
+        The update, on the CPU. A training that diverges starts again at half the learning rate, up to `RESTARTS`
+        times, and the update tells how often. With `dp_noise` it tells its ε and δ, and no loss and accuracy: these
+        have no noise.
     """
     return train_order(Order(config, examples, partition_id, server_round, start, layers, secret=secret))
 
@@ -126,7 +135,7 @@ def train_client(
 def train_order(order: Order) -> Update:
     """Train a client's model as it is asked, and return the update, on the CPU."""
     began = time.perf_counter()
-    start, recipe = order.start, order.recipe
+    start, recipe, restarts = order.start, order.recipe, 0
     with reproducible(), workspace(order.config, order.examples) as model:
         data = laid_out(model, order.own.to(choose_device(order.config.device)), recipe.batch_size)
         if order.config.dp_clip:
@@ -142,10 +151,25 @@ def train_order(order: Order) -> Update:
                 moving=order.moving,
             )
         else:
-            state, _ = fit(model, start, data, recipe, generator=order.chance("round"), moving=order.moving)
+            state, restarts = _trained(order, model, data)
         if order.anchor is not None:
             state = anchored(model, state, order.anchor, data.images[:2], generator=order.chance("anchor"))
-        return order.update(model, state, data, time.perf_counter() - began)
+        return order.update(model, state, data, time.perf_counter() - began, restarts=restarts)
+
+
+def _trained(order: Order, model: nn.Module, data: Examples) -> tuple[dict[str, Tensor], int]:
+    """Return the trained weights, and how often the training diverged and started again at half the rate before."""
+    for restarts in range(RESTARTS):
+        try:
+            return _fitted(order, model, data, restarts), restarts
+        except Diverged as error:
+            logger.warning("client %d starts again at half the learning rate: %s", order.partition_id, error)
+    return _fitted(order, model, data, RESTARTS), RESTARTS
+
+
+def _fitted(order: Order, model: nn.Module, data: Examples, halvings: int) -> dict[str, Tensor]:
+    recipe = replace(order.recipe, lr=order.recipe.lr / 2**halvings)
+    return fit(model, order.start, data, recipe, generator=order.chance("round"), moving=order.moving)[0]
 
 
 def evaluate_client(

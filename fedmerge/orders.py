@@ -126,7 +126,9 @@ class Order:
         seed = self.config.seed if self.secret is None else self.secret
         return generator(seed, "client", self.partition_id, purpose, self.server_round)
 
-    def update(self, model: nn.Module, state: Mapping[str, Tensor], data: Examples, seconds: float) -> Update:
+    def update(
+        self, model: nn.Module, state: Mapping[str, Tensor], data: Examples, seconds: float, *, restarts: int = 0
+    ) -> Update:
         """Return what the client answers, on the CPU.
 
         Args:
@@ -134,9 +136,10 @@ class Order:
             state: the trained weights.
             data: the client's images, as it trained on them.
             seconds: that the training took.
+            restarts: times that it started again at half the learning rate.
         """
         config = self.config
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = {"restarts": restarts} if restarts else {}
         if config.dp_noise:
             metrics |= self._privacy_spent()
         elif config.client_metrics:

@@ -294,6 +294,13 @@ class OneShotMerge(FedAvg):
                     _name(content, node_id),
                     PARTITION_ID,
                 )
+            if restarts := update.metrics.get("restarts"):
+                logger.warning(
+                    "round %d: the training of client %d diverged, and started again at %g of --lr",
+                    server_round,
+                    update.partition_id,
+                    0.5**restarts,
+                )
             good[update.partition_id] = update, content
             self._nodes[update.partition_id] = node_id
         for reason in rejected:

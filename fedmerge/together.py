@@ -112,7 +112,7 @@ def _train_stacked(
     def answer(place: int) -> RecordDict:
         order, state = group[place][1], states[place]
         if isinstance(state, Diverged):
-            raise state
+            return _alone(order)  # which starts again at a lower rate
         return _records(order, order.update(model, state, data[place], seconds))
 
     return [attempt(context, answer, place) for place, (context, _) in enumerate(group)]

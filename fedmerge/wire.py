@@ -48,7 +48,7 @@ PROXIMAL_MU = "proximal-mu"
 """Where Flower's FedProx tells clients its μ."""
 MOST_CLIENTS = 2**64  # as there are node ids
 MOST_EXAMPLES = 2**53  # beyond it a float64, by which updates are weighted, no longer holds every whole number
-REPORTED = ("loss", "accuracy", "seconds", *PRIVACY)
+REPORTED = ("loss", "accuracy", "seconds", "restarts", *PRIVACY)
 
 
 def state_from_arrays(arrays: ArrayRecord, expected: StateDict) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from fedmerge.problem import Update
 from fedmerge.seeds import derive, generator
 from fedmerge.settings import ConfigurationError
 from fedmerge.statistics import collect
+from fedmerge.together import answer_together
 from fedmerge.wire import arrays_from_state, update_from_records
 
 CONFIG = Config(device="cpu", clients=3, local_epochs="1", min_client_examples=40, lr=0.05)
@@ -114,6 +115,18 @@ def test_independent_clients_start_the_first_round_from_initialisations_of_their
     still = CONFIG.replace(lr=1e-30)
     for partition_id in range(2):
         assert same(train(still, partition_id).state, initial(derive(0, "client", partition_id, "init")))
+
+
+def test_a_training_that_diverges_starts_again_at_half_the_rate_and_tells_so() -> None:
+    pulled = CONFIG.replace(proximal_mu=200.0, local_epochs="60")  # it diverges at rates of 0.05 and of 0.025
+    told, slow = train(pulled), train(pulled.replace(lr=CONFIG.lr / 4))
+    assert told.metrics["restarts"] == 2
+    assert "restarts" not in slow.metrics
+    assert same(told.state, slow.state)
+    [reply] = answer_together(federation.load, [(message(), node_context(pulled, 0))])
+    update = update_from_records(reply.content, initial(), fallback_id=9)
+    assert update.metrics["restarts"] == 2
+    assert same(update.state, slow.state)
 
 
 @pytest.mark.parametrize(("init", "server_round"), [("shared", 1), ("shared", 2), ("independent", 2)])
