@@ -109,7 +109,7 @@ class Config:
     batched_clients: int = _option(
         0,
         "clients whose small models a simulation trains side by side, to the same numbers but for rounding; 1: one by "
-        "one; 0: one by one on CPUs, up to 64 where clients have a GPU",
+        "one; 0: up to 64 of the mlp where clients have a GPU, all others one by one",
     )
     ray_address: str = _option("", "address of a running Ray cluster; empty: start Ray on this machine")
     device: str = _option("auto", "where models run: cpu, cuda, cuda:N, or auto (cuda where the process has one)")

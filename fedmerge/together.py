@@ -33,6 +33,9 @@ LARGEST_GROUP = 64
 def group_size(config: Config, model_bytes: int) -> int:
     """Return how many clients train side by side; it depends on nothing that a machine has.
 
+    Unless it is asked for, models with convolutions do not: stacked, a round of theirs took four times as long on an
+    H100 as one after the other (benchmarks/gpu.py).
+
     Args:
         config: the federation's configuration.
         model_bytes: size of a model.
@@ -40,7 +43,9 @@ def group_size(config: Config, model_bytes: int) -> int:
     if config.batched_clients:
         return config.batched_clients
     on_gpu = config.client_gpus > 0 and config.device != "cpu"
-    return max(1, min(LARGEST_GROUP, GROUP_BYTES // max(1, 4 * model_bytes))) if on_gpu else 1
+    if not on_gpu or config.models or config.model.partition("@")[0] != "mlp":
+        return 1
+    return max(1, min(LARGEST_GROUP, GROUP_BYTES // max(1, 4 * model_bytes)))
 
 
 def answer_together(load: Callable[[Config], Federation], asked: Sequence[tuple[Message, Context]]) -> list[Message]:

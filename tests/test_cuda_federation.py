@@ -74,7 +74,7 @@ def test_clients_answer_side_by_side_as_alone(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's own
-@pytest.mark.parametrize("batched", [0, 1])
+@pytest.mark.parametrize("batched", [8, 1])
 def test_a_simulation_gives_the_same_bits_with_any_number_of_actors(batched: int, tmp_path: Path) -> None:
     from fedmerge import federation
     from fedmerge.config import Config

@@ -101,10 +101,12 @@ def test_what_goes_wrong_at_one_is_its_own_answer_and_the_others_go_on() -> None
         assert f"client {client}: Diverged: the training loss became" in (reply.error.reason or "")
 
 
-def test_a_group_is_of_the_size_that_is_asked_for_or_one_on_cpus_and_by_the_models_size_on_gpus() -> None:
+def test_a_group_is_as_asked_for_or_one_on_cpus_and_of_convolutions_and_by_the_models_size_on_gpus() -> None:
     assert group_size(CONFIG, 1) == group_size(CONFIG.replace(client_gpus=1.0, device="cpu"), 1) == 1
     assert group_size(CONFIG.replace(batched_clients=7, client_gpus=1.0), 1) == 7
     on_gpu = CONFIG.replace(device="auto", client_gpus=0.5)
     assert group_size(on_gpu, 0) == group_size(on_gpu, 1000) == LARGEST_GROUP
     assert group_size(on_gpu, GROUP_BYTES // 40) == 10
     assert group_size(on_gpu, GROUP_BYTES) == 1
+    assert group_size(on_gpu.replace(model="lenet5"), 1000) == 1
+    assert group_size(on_gpu.replace(model="lenet5", batched_clients=5), 1000) == 5
