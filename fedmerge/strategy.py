@@ -295,12 +295,8 @@ class OneShotMerge(FedAvg):
                     PARTITION_ID,
                 )
             if restarts := update.metrics.get("restarts"):
-                logger.warning(
-                    "round %d: the training of client %d diverged, and started again at %g of --lr",
-                    server_round,
-                    update.partition_id,
-                    0.5**restarts,
-                )
+                told = "round %d: client %d's training diverged %g times, and each time started again at half the rate"
+                logger.warning(told, server_round, update.partition_id, restarts)
             good[update.partition_id] = update, content
             self._nodes[update.partition_id] = node_id
         for reason in rejected:

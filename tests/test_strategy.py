@@ -179,6 +179,19 @@ def test_a_client_that_raises_does_not_stop_the_round(caplog: pytest.LogCaptureF
     assert "round 1 goes on without an update: client 0: ValueError: no disk (node 5)" in caplog.text
 
 
+def test_a_client_that_trained_at_a_lower_rate_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def slower(message: Message, partition_id: int) -> Message:
+        reply = good(message, partition_id)
+        reply.content.metric_records["metrics"]["restarts"] = 2
+        return reply
+
+    with caplog.at_level(logging.WARNING, "fedmerge.strategy"):
+        run(strategy(), grid(but(1, slower)))
+    assert [record.message for record in caplog.records] == [
+        "round 1: client 1's training diverged 2 times, and each time started again at half the rate"
+    ]
+
+
 def test_a_client_that_does_not_answer_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fedmerge.strategy"):
         run(strategy(), grid(mute=[2]))
