@@ -5,9 +5,9 @@
 
 The server owns these labelled images and nothing else; all methods learn from the same ones. The clients start from
 initialisations of their own. `…-semi` methods are told by the clients too what is on the images, and on mixtures of
-them; the others learn from the labels alone. Differences are paired by client set. Then the server owns 4,900 images
-more, of which it knows no class. At full size it writes experiments/expected/labelled.json. `one_round.py` has 1,000
-labels at Dirichlet(0.1), `methods.py` Fisher's and RegMean's averages.
+them; the others learn from the labels alone. Differences are paired by client set. At full size it writes
+experiments/expected/labelled.json. `one_round.py` has 1,000 labels at Dirichlet(0.1), `methods.py` Fisher's and
+RegMean's averages, `labels_and_images.py` the same clients and labels with 4,900 images more.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ BY_LABELS = (
 TOLD = ("fresh-semi", "activations+finetune-semi", "activations+head-finetune:targets=mixed", "best-client-semi")
 CONTROLS = (*BY_LABELS, *TOLD)
 SHOWN = ("best-client", "ensemble-stacked", "ensemble-propagated", *CONTROLS, "activations+np", OURS)
-BOTH = ("best-client", "ensemble", "ensemble-stacked", "ensemble-propagated", OURS)
 ARGUMENTS = f"--server-limit {LABELS} --server-labels {LABELS} --methods {','.join(SHOWN)}"
-ARGUMENTS_BOTH = f"--server-labels {LABELS} --methods {','.join(BOTH)}"
-"""How the clients are merged again, with the labelled images alone and with all."""
+"""How the clients are merged again."""
 
 
 def labelled(size: str, out: Path) -> None:
@@ -53,25 +51,19 @@ def labelled(size: str, out: Path) -> None:
         holds("60 labels, above fedavg", [(ours, accuracy)])
         return
     runs = clients([(name, "independent") for name in PARTITIONS], out)
-    again = merge(
-        {out / f"labelled-{run.path.name}": (run, ARGUMENTS) for run in runs}
-        | {out / f"labelled-both-{run.path.name}": (run, ARGUMENTS_BOTH) for run in runs}
-    )
-    found, both = (dict(zip(PARTITIONS, part, strict=True)) for part in (again[: len(runs)], again[len(runs) :]))
+    again = merge({out / f"labelled-{run.path.name}": (run, ARGUMENTS) for run in runs})
+    found = dict(zip(PARTITIONS, again, strict=True))
     ahead = {control: advantage(found.values(), OURS, control) for control in CONTROLS}
     nearest = min(CONTROLS, key=lambda control: ahead[control].mean)
     last = [f"`{OURS}` is above by", "---:", *(points(ahead[name]) if name in ahead else NOTHING for name in SHOWN)]
     content = {
         "commands": [
             *(command(name, "independent") for name in PARTITIONS),
-            *(f"fedmerge merge RUN {arguments} --out NEW" for arguments in (ARGUMENTS, ARGUMENTS_BOTH)),
+            f"fedmerge merge RUN {ARGUMENTS} --out NEW",
         ],
         "hours": hours(runs, again),
-        "accuracy": {"labels": accuracies(found), "both": accuracies(both)},
-        "tables": {
-            "labels": [f"{line} {cell} |" for line, cell in zip(table(found, SHOWN), last, strict=True)],
-            "both": table(both, BOTH),
-        },
+        "accuracy": accuracies(found),
+        "table": [f"{line} {cell} |" for line, cell in zip(table(found, SHOWN), last, strict=True)],
         "goal": {"goal": GOAL, "found": ahead[nearest].mean, "interval": ahead[nearest].half_width, "control": nearest},
     }
     write("labelled", content, runs[0])
