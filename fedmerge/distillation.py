@@ -77,7 +77,7 @@ def choose_teacher(
     for name in teachers if may_choose else [default]:
         members, rule = teachers[name]
         pool = pool_of(rule, problem, members, smoothing)
-        says = pool.told(problem, members)
+        says = pool.combine(*pool.own(problem))
         lessons[name] = Lesson(name, says, pool.combine, pool.server_labels, {"teacher": name, "rule": rule})
         if may_choose:
             judges = problem.splits[0][1].to(says.device)

@@ -125,6 +125,9 @@ class Problem:
         others: the architectures that clients may have and the server has not, by name.
         truth_judges: what is learned is judged by the known classes, whatever the targets that it learns from.
         mixtures: images made of the server's, with targets: they are learned from, and nothing else.
+        apart: this problem for each split, taught by a teacher that has not seen the labels of the validation part;
+            (): no teacher has seen any, or there is one split alone.
+        wants_units: the teacher learned from weights of the clients' hidden units more than from what they say.
         low_memory: states that are only read lie in files (`fedmerge.spilled`), and a learned mixture has a coefficient
             for each output channel, which takes no moments of the parameters.
     """
@@ -140,6 +143,8 @@ class Problem:
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     truth_judges: bool = False
     mixtures: Examples | None = None
+    apart: tuple[Problem, ...] = ()
+    wants_units: bool = False
     low_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -196,8 +201,16 @@ class Problem:
     @cached_property
     def folds(self) -> tuple[tuple[Examples, Examples], ...]:
         """Pairs of (part to learn on, validation part), by `splits`."""
-        judges = replace(self.data, targets=None) if self.truth_judges else self.data
-        return tuple((self.data[learn], judges[validation]) for learn, validation in self.splits)
+        found = []
+        for side, (learn, validation) in zip(self.sides, self.splits, strict=True):
+            judges = replace(side.data, targets=None) if self.truth_judges else side.data
+            found.append((side.data[learn], judges[validation]))
+        return tuple(found)
+
+    @property
+    def sides(self) -> tuple[Problem, ...]:
+        """The problem as it is taught for each split."""
+        return self.apart or (self,) * len(self.splits)
 
     @property
     def refits(self) -> bool:
@@ -224,7 +237,7 @@ class Problem:
 
     def changed(self, **changes: Any) -> Problem:
         """Return the problem with other attributes; spaces of the model that are derived already are kept."""
-        part = replace(self, **changes)
+        part = replace(self, **({"apart": ()} | changes if "data" in changes else changes))
         if "spaces" in vars(self) and part.model is self.model:
             vars(part)["spaces"] = self.spaces
         return part

@@ -118,6 +118,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "merge.pleas",
             "merge.regmean",
             "merge.pool",
+            "merge.probing",
             "merge.propagation",
             "merge.shares",
             "merge.source",

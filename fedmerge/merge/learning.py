@@ -152,7 +152,8 @@ def _course(problem: Problem, candidate: Candidate, buffers: StateDict, schedule
     """Descend on all folds side by side, until their mean validation loss has not fallen for some looks."""
     looks = range(0, schedule.steps + 1, schedule.check_every)
     descents = [
-        descend(problem, candidate, buffers, data, looks, seed=seed, schedule=schedule) for data, _ in problem.folds
+        descend(side, candidate, buffers, data, looks, seed=seed, schedule=schedule)
+        for side, (data, _) in zip(problem.sides, problem.folds, strict=True)
     ]
     losses: list[float] = []
     best = Course([math.inf], 0, {}, math.inf)

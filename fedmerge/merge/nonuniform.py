@@ -49,7 +49,8 @@ class NPMerge(Objective):
     Attributes:
         groups: what shares a coefficient: "model", "tensor", "channel" (of the output), "parameter"; "in-out": the sum
             of a number for the output channel and one for the input channel; "coarse-to-fine": tensor, and after some
-            steps channel and parameter; or "auto": channel below 500 examples, else the better of it and parameter.
+            steps channel and parameter; or "auto": the better of channel and parameter; below 500 examples
+            channel, or parameter if the teacher needed the clients' hidden units (`fedmerge.merge.probing`).
         lrs: Adam's learning rates to choose from, in units of α; the first is the default.
         steps: most steps.
         form: "affine" (Σ_k α_k = 1), "shrink" (affine times a learned factor), "box" (affine, low ≤ α ≤ high),
@@ -171,7 +172,11 @@ class NPMerge(Objective):
     def _groups(self, problem: Problem) -> tuple[str, ...]:
         if self.groups != "auto":
             return (self.groups,)
-        return ("channel",) if problem.low_memory or len(problem.data) < FEWEST_TO_SPLIT else ("channel", "parameter")
+        if problem.low_memory:
+            return ("channel",)
+        if len(problem.data) < FEWEST_TO_SPLIT:
+            return ("parameter",) if problem.wants_units else ("channel",)
+        return ("channel", "parameter")
 
     def _mixture(self, given: Ingredients, groups: str, pace: int, light: bool) -> Callable[[], Coordinates]:
         def make() -> Coordinates:

@@ -21,15 +21,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from fedmerge.merge.augment import AUGMENTATIONS, mixtures
-from fedmerge.merge.pool import needs_of, pool_of
+from fedmerge.merge.pool import Combine, needs_of, pool_of
+from fedmerge.merge.probing import probed
 from fedmerge.merge.teacher import PROPAGATED, SMOOTHING, TEACHERS, check_smoothing
 from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
-from fedmerge.train import opinions
 
 TARGETS = ("labels", "soft", "sharpened", "hard", "mixed", "completed")
 
@@ -130,20 +131,31 @@ class Objective:
         if self.targets == "completed" and data.labelled:
             return problem
         semi = self.targets in ("mixed", "completed") and bool(known.any())
-        pool = pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
-        found = pool.told(problem, updates)
-        classes = found.argmax(1)
-        taught = replace(problem, blind=not semi and not pool.server_labels, taught=True)
-        if self.mixtures:
-            stream = generator(problem.seed, "server", "mixtures")
-            images = mixtures(data.images, self.mixtures, stream)
-            told = pool.combine(opinions(problem, updates, images)).exp().to(images.dtype)
-            taught = replace(taught, mixtures=Examples(images, told.argmax(1), told))
+        pool = probed(problem, updates, self.smoothing) if semi and self.teacher == PROPAGATED else None
+        pool = pool or pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
+        blind = not semi and not pool.server_labels
+        taught = replace(problem, blind=blind, taught=True, wants_units=pool.wants_units)
+        own = pool.own(problem)
+        images = mixtures(data.images, self.mixtures, generator(problem.seed, "server", "mixtures"))
+        mixed = pool.hear(images) if self.mixtures else ()
+
+        def told(combine: Combine) -> Problem:
+            part = taught.changed(data=self._targets(data, combine(*own), semi=semi))
+            if not mixed:
+                return part
+            says = combine(*mixed).exp().to(images.dtype)
+            return replace(part, mixtures=Examples(images, says.argmax(1), says))
+
+        return told(pool.combine).changed(apart=tuple(map(told, pool.apart)) if semi else ())
+
+    def _targets(self, data: Examples, says: Tensor, *, semi: bool) -> Examples:
+        """Return the server's images with what is to be learned of them, of what a teacher says."""
+        classes, known = says.argmax(1), data.known
         if self.targets in ("hard", "completed") and not semi:
-            return replace(taught, data=Examples(data.images, classes))
+            return Examples(data.images, classes)
         if self.targets == "sharpened":
-            found = (found / self.temperature).log_softmax(1)
-        targets = found.exp()
+            says = (says / self.temperature).log_softmax(1)
+        targets = says.exp()
         if semi:
             classes = data.labels.where(known, classes)
             truth = functional.one_hot(classes, targets.shape[1]).to(targets)
@@ -151,4 +163,4 @@ class Objective:
             targets = mixed if self.targets == "mixed" else truth
             if known.sum() >= FEWEST_TO_CHOOSE:
                 classes = data.labels  # those that are known are the judges
-        return replace(taught, data=Examples(data.images, classes, targets.to(data.images.dtype)))
+        return Examples(data.images, classes, targets.to(data.images.dtype))

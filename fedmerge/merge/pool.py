@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from fedmerge.merge.propagation import FEWEST, propagated
 from fedmerge.merge.stacking import Stacker, bare, stack
 from fedmerge.merge.teacher import PROPAGATED, STACKED, Teacher, teacher_of
-from fedmerge.problem import LABEL_COUNTS, LABELS, Combination, Problem, Update
+from fedmerge.problem import LABEL_COUNTS, LABELS, Problem, Update
 from fedmerge.settings import ConfigurationError
 from fedmerge.train import LEAST_LOG_PROBABILITY, opinions
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 """Penalties to choose from, for log-probabilities in nats and losses summed over the images."""
+
+Combine = Callable[..., Tensor]
+Hear = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -24,27 +27,33 @@ class Pool:
     """How the clients' predictions become one, and what that was learned from.
 
     Attributes:
-        combine: the combination.
+        combine: what they say together, (images, classes) of log-probabilities, of what is heard.
+        hear: what is combined, of any images: their log-probabilities (clients, images, classes), and perhaps more.
         server_examples: how many images of the server's had a part in it.
         server_labels: whether labels of them had.
         diagnostics: in JSON's types.
-        said: the log-probabilities (clients, images, classes) of the server's images, where all had to be looked at.
+        heard: what was heard of the server's own images, where they had to be looked at.
+        apart: the combinations that were learned without the labels of each validation part (`Problem.splits`), where
+            `combine` was learned from all.
+        wants_units: whether weights of the clients' hidden units tell more than what their last layers say.
     """
 
-    combine: Combination
+    combine: Combine
+    hear: Hear
     server_examples: int = 0
     server_labels: bool = False
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
-    said: Tensor | None = None
+    heard: tuple[Tensor, ...] = ()
+    apart: tuple[Combine, ...] = ()
+    wants_units: bool = False
 
-    def told(self, problem: Problem, updates: Sequence[Update]) -> Tensor:
-        """Return what the clients together say of the server's images, (images, classes) of log-probabilities.
+    def own(self, problem: Problem) -> tuple[Tensor, ...]:
+        """Return what is heard of the server's own images.
 
         Args:
             problem: that of the pool.
-            updates: its clients.
         """
-        return self.combine(opinions(problem, updates, problem.data.images) if self.said is None else self.said)
+        return self.heard or self.hear(problem.data.images)
 
 
 def pool_of(
@@ -63,8 +72,12 @@ def pool_of(
     Raises:
         ConfigurationError: if no class is known, and the rule learns from them.
     """
+
+    def hear(images: Tensor) -> tuple[Tensor, ...]:
+        return (opinions(problem, updates, images),)
+
     if rule not in (PROPAGATED, STACKED):
-        return Pool(teacher_of(rule, updates, smoothing))
+        return Pool(teacher_of(rule, updates, smoothing), hear)
     if rule == STACKED and not problem.data.known.any():
         raise ConfigurationError(
             "the teacher 'stacked' needs classes of the server's images, and none is known (--server-labels): use one "
@@ -79,10 +92,10 @@ def pool_of(
     heard = opinions(part, updates, data.images)
     said = heard.cpu()
     if rule == STACKED:
-        return _chosen(part, prior, said)
+        return _chosen(part, prior, said, hear)
     uses_labels = use_labels and bool(data.known.any())
     found = propagated(prior, said, data.labels.cpu() if uses_labels else None)
-    return Pool(found, len(data), uses_labels, {"prior": prior.rule}, heard)
+    return Pool(found, hear, len(data), uses_labels, {"prior": prior.rule}, (heard,))
 
 
 def needs_of(rule: str) -> frozenset[str]:
@@ -94,21 +107,23 @@ def needs_of(rule: str) -> frozenset[str]:
     return frozenset({STACKED: [LABELS], "mean": []}.get(rule, [LABEL_COUNTS]))
 
 
-def _chosen(part: Problem, prior: Teacher, said: Tensor) -> Pool:
+def _chosen(part: Problem, prior: Teacher, said: Tensor, hear: Hear) -> Pool:
     """Choose the penalty on the labelled images' validation parts, and fit again where the protocol refits."""
     if not part.may_choose:
-        return Pool(bare(prior, said), diagnostics={"prior": prior.rule, "penalty": None})
+        return Pool(bare(prior, said), hear, diagnostics={"prior": prior.rule, "penalty": None})
     labels = part.data.labels.cpu()
     losses = {"none": 0.0} | {f"{penalty:g}": 0.0 for penalty in PENALTIES}
-    fitted: dict[str, Stacker] = {}
+    fits: list[dict[str, Stacker]] = []
     for learn, validation in part.splits:
         fitted = {"none": bare(prior, said)}
         fitted |= {f"{penalty:g}": stack(prior, said[:, learn], labels[learn], penalty) for penalty in PENALTIES}
+        fits.append(fitted)
         for name, stacker in fitted.items():
             found = stacker(said[:, validation]).clamp(min=LEAST_LOG_PROBABILITY)
             losses[name] += -float(found.gather(1, labels[validation, None]).mean()) / len(part.splits)
     best = min(losses, key=lambda name: losses[name])
-    chosen = stack(prior, said, labels, float(best)) if part.refits and best != "none" else fitted[best]
+    chosen = stack(prior, said, labels, float(best)) if part.refits and best != "none" else fits[0][best]
     penalty = None if best == "none" else float(best)
     diagnostics = {"prior": prior.rule, "penalty": penalty, "validation-losses": losses}
-    return Pool(chosen, len(labels), True, diagnostics)
+    apart = tuple(fitted[best] for fitted in fits) if part.refits else ()
+    return Pool(chosen, hear, len(labels), True, diagnostics, apart=apart)

@@ -75,10 +75,26 @@ def propagated_classes(
     """
     counts = torch.tensor(prior.label_counts, dtype=torch.float64).sum(0)
     labels = torch.full(log_probabilities.shape[1:2], UNKNOWN) if labels is None else labels
-    known = labels != UNKNOWN
-    classes = labels.where(known, prior(log_probabilities).argmax(1))
-    seen = counts > 0
-    masses = spread(nearest(views(log_probabilities), NEIGHBOURS), classes, len(counts))
+    neighbours = nearest(views(log_probabilities), NEIGHBOURS)
+    return spread_and_scaled(neighbours, prior(log_probabilities).argmax(1), counts, labels)
+
+
+def spread_and_scaled(
+    neighbours: Int[Tensor, "examples neighbours"],
+    classes: Int[Tensor, " examples"],
+    counts: Float64[Tensor, " classes"],
+    labels: Int[Tensor, " examples"],
+) -> Int[Tensor, " examples"]:
+    """Return the classes, spread over the neighbours and scaled to the classes' shares.
+
+    Args:
+        neighbours: from `nearest`.
+        classes: of each image, to begin with.
+        counts: of the images of each class at all clients together.
+        labels: classes, -1 where one is not known; those that are known stand.
+    """
+    known, seen = labels != UNKNOWN, counts > 0
+    masses = spread(neighbours, labels.where(known, classes), len(counts))
     scores = masses[:, seen].clamp(min=LEAST_MASS).log()
     found = scaled(scores, counts[seen] / counts.sum()).argmax(1)
     return labels.where(known, seen.nonzero()[found, 0])

@@ -1,0 +1,188 @@
+"""The probe: what it hears, what it learns, how it is chosen, and where it cannot be had."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import blobs, hiding, problem_of, trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmerge.merge.nonuniform import NPMerge
+from fedmerge.merge.objective import Objective
+from fedmerge.merge.pool import Pool, pool_of
+from fedmerge.merge.probing import last_layers, listening, probed
+from fedmerge.merge.propagation import FEWEST
+from fedmerge.merge.stacking import Stacker, stack, uninformed
+from fedmerge.problem import Problem, Update
+from fedmerge.train import log_probabilities
+
+
+def heard(examples: int, units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What three clients say of images of four classes, units of theirs, and the truth."""
+    stream = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (examples,), generator=stream)
+    opinions = 2 * torch.randn(3, examples, 4, generator=stream, dtype=torch.float64)
+    seen = torch.randn(examples, units, generator=stream, dtype=torch.float64)
+    seen[:, :4] += functional.one_hot(labels, 4)
+    return opinions.log_softmax(2), seen, labels
+
+
+def probe(problem: Problem, updates: list[Update]) -> Pool:
+    found = probed(problem, updates, 1.0)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("units", [5, 200])
+@pytest.mark.parametrize("penalty", [10.0, math.inf])
+def test_a_fit_is_the_minimum_of_its_equation(units: int, penalty: float) -> None:
+    opinions, seen, labels = heard(80, units)
+    found = stack(uninformed, opinions, labels, penalty, seen, 0.1)
+    assert found.of_units is not None
+    values = [value.clone().requires_grad_() for value in (found.weights, found.bias, found.of_units)]
+    weights, bias, of_units = values
+    scores = torch.einsum("knc,kc->nc", opinions, weights) + bias + seen @ of_units
+    loss = functional.cross_entropy(scores, labels, reduction="sum") + 0.05 * of_units.square().sum()
+    if penalty < math.inf:
+        loss = loss + penalty / 2 * (weights.square().sum() + bias.square().sum())
+    else:
+        assert not found.weights.any()
+        assert not found.bias.any()
+        values = [of_units]
+    for gradient in torch.autograd.grad(loss, values):
+        assert float(gradient.abs().max()) < 2e-3
+    torch.testing.assert_close(found(opinions, seen), scores.detach().log_softmax(1))
+
+
+def test_it_hears_what_the_last_layers_read() -> None:
+    problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1")
+    layers = last_layers(problem, updates)
+    assert layers is not None
+    hear = listening(problem, updates, layers)
+    images = blobs(9, seed=3).images
+    opinions, units = hear(images)
+    states = [update.state for update in updates]
+    torch.testing.assert_close(opinions, log_probabilities(problem.model, states, images))
+    width = states[0][f"{layers[0]}.weight"].shape[1]
+    assert units.shape == (9, 3 * width + 1)
+    for number, (update, layer) in enumerate(zip(updates, layers, strict=True)):
+        weight, bias = (update.state[f"{layer}.{name}"].double() for name in ("weight", "bias"))
+        part = units[:, number * width : (number + 1) * width]
+        logits = log_probabilities(problem.model, [update.state], images)[0]
+        by_hand = part @ weight.T  # up to the scale and the centre of the units
+        centred = (logits - logits.mean(1, keepdim=True), by_hand - by_hand.mean(1, keepdim=True))
+        first, second = (item - item.mean(0) for item in centred)
+        scale = float((first * second).sum() / second.square().sum())
+        torch.testing.assert_close(first, scale * second, rtol=1e-4, atol=1e-4)
+        assert bias.shape == (3,)
+    _, own = hear(problem.data.images)
+    torch.testing.assert_close(own[:, :-1].mean(0), torch.zeros(3 * width, dtype=torch.float64), rtol=0, atol=1e-6)
+    lengths = own[:, :width].norm(dim=1)
+    torch.testing.assert_close(lengths.mean(), torch.tensor(1.0, dtype=torch.float64))
+    assert bool((own[:, -1] == 1).all())
+
+
+def strangers() -> list[Update]:
+    """Clients that say the same of all images: their opinions tell nothing, their hidden units still do."""
+    updates = trained("mlp@0.1")
+    for update in updates:
+        *_, weight, bias = update.state.values()
+        weight *= 1e-6
+        bias *= 1e-6
+    return updates
+
+
+def test_units_tell_classes_apart_that_the_clients_have_forgotten() -> None:
+    problem, updates, test = problem_of("mlp@0.1", server_examples=120), strangers(), blobs(400, seed=5)
+    found = probe(problem, updates)
+    right = (found.combine(*found.hear(test.images)).argmax(1) == test.labels).double().mean()
+    blind = pool_of("stacked", problem, updates, 1.0)
+    guessed = (blind.combine(*blind.hear(test.images)).argmax(1) == test.labels).double().mean()
+    assert guessed < 0.5 < 0.7 < right
+    assert found.diagnostics["unit-penalty"] is not None
+    assert found.wants_units
+    merger = NPMerge(targets="mixed", mixtures=20, lrs=(0.01,), steps=20)
+    taught = merger.teach(problem, updates)
+    for side, groups in ((taught, "parameter"), (replace(taught, wants_units=False), "channel")):
+        merged = merger(side, updates, generator=torch.Generator().manual_seed(0))
+        assert merged.diagnostics["groups"] == groups
+
+
+def test_a_fold_is_told_nothing_of_its_validation_part() -> None:
+    problem, updates = problem_of("mlp@0.1", server_examples=120), trained("mlp@0.1")
+    found = probe(problem, updates)
+    opinions, units = found.own(problem)
+    penalties = [found.diagnostics[name] or math.inf for name in ("penalty", "unit-penalty")]
+    assert len(found.apart) == len(problem.splits) == 3
+    for (learn, _), combine in zip(problem.splits, found.apart, strict=True):
+        assert isinstance(combine, Stacker)
+        labels = problem.data.labels[learn]
+        again = stack(combine.prior, opinions[:, learn], labels, penalties[0], units[learn], penalties[1])
+        assert torch.equal(again(opinions, units), combine(opinions, units))
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_where_classes_are_spread_the_probe_is_no_worse_than_without(forgotten: bool) -> None:
+    size = 2 * FEWEST
+    problem = hiding(problem_of("mlp@0.1", server_examples=size), torch.arange(size) >= 100)
+    updates, test = strangers() if forgotten else trained("mlp@0.1"), blobs(400, seed=5)
+    found = probe(problem, updates)
+    plain = pool_of("propagated", problem, updates, 1.0, use_labels=True)
+    right, without = (
+        (pool.combine(*pool.hear(test.images)).argmax(1) == test.labels).double().mean() for pool in (found, plain)
+    )
+    assert len(found.apart) == 3
+    assert right > without - 0.02
+    if forgotten:
+        assert found.diagnostics["spread"] == "probe"
+        assert right > without + 0.1
+
+
+def test_each_validation_part_is_judged_by_a_teacher_that_has_not_seen_it() -> None:
+    problem, updates = problem_of("mlp@0.1", server_examples=120), trained("mlp@0.1")
+    pool = probe(problem, updates)
+    taught = Objective("mixed", mixtures=10).teach(problem, updates)
+    assert len(taught.apart) == len(taught.sides) == len(taught.folds) == 3
+    for side, combine, (_, judge), (_, judges) in zip(
+        taught.sides, pool.apart, taught.folds, problem.splits, strict=True
+    ):
+        says = combine(*pool.own(problem)).exp()
+        expected = torch.lerp(says, functional.one_hot(problem.data.labels, 3).to(says), 0.5)
+        torch.testing.assert_close(judge.targets, expected[judges].float())
+        assert side.mixtures is not None
+        assert taught.mixtures is not None
+        assert torch.equal(side.mixtures.images, taught.mixtures.images)
+        assert not torch.equal(side.mixtures.targets, taught.mixtures.targets)  # type: ignore[arg-type]
+    assert taught.restricted(problem.data).apart == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "known", "probes"), [(49, 49, False), (50, 50, True), (600, 499, True), (600, 500, False)]
+)
+def test_it_is_for_few_labels_that_suffice_to_choose(size: int, known: int, probes: bool) -> None:
+    problem = hiding(problem_of("mlp@0.1", server_examples=size), torch.arange(size) >= known)
+    assert (probed(problem, trained("mlp@0.1"), 1.0) is not None) is probes
+
+
+class Averaged(nn.Sequential):
+    """A net whose last layer is a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_without_a_fully_connected_last_layer_or_memory_the_opinions_teach() -> None:
+    torch.manual_seed(0)
+    model = Averaged()
+    update = Update(model.state_dict(), 10, 0, (4, 3, 3))
+    problem = Problem(model, blobs(60, seed=7))
+    assert last_layers(problem, [update]) is None
+    assert probed(problem, [update], 1.0) is None
+    taught = Objective("mixed", mixtures=0).teach(problem, [update])
+    assert taught.data.targets is not None
+    light = replace(problem_of("mlp@0.1"), low_memory=True)
+    assert probed(light, trained("mlp@0.1"), 1.0) is None
