@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from _run import Rows, compare, compare_all, holds, main, mean_of, merge, rows_of, write
+from _run import Rows, compare, compare_all, holds, hours, main, mean_of, merge, rows_of, write
 
 from fedmerge.methods import needs
 from fedmerge.tables import NOTHING, duration, percent
@@ -81,6 +81,7 @@ def methods(size: str, out: Path) -> None:
             for init, budgets in found.items()
             for labels, rows in zip((MANY, FEW), budgets, strict=True)
         },
+        "hours": hours(of_many, few),
         "table": table(found),
     }
     write("methods", content, many[INITS[0]])
