@@ -127,7 +127,7 @@ class Problem:
         mixtures: images made of the server's, with targets: they are learned from, and nothing else.
         apart: this problem for each split, taught by a teacher that has not seen the labels of the validation part;
             (): no teacher has seen any, or there is one split alone.
-        wants_units: the teacher learned from weights of the clients' hidden units more than from what they say.
+        lesson: what was chosen of the teacher, for the diagnostics.
         low_memory: states that are only read lie in files (`fedmerge.spilled`), and a learned mixture has a coefficient
             for each output channel, which takes no moments of the parameters.
     """
@@ -144,7 +144,7 @@ class Problem:
     truth_judges: bool = False
     mixtures: Examples | None = None
     apart: tuple[Problem, ...] = ()
-    wants_units: bool = False
+    lesson: Mapping[str, Any] = field(default_factory=dict)
     low_memory: bool = False
 
     def __post_init__(self) -> None:

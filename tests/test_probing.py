@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedmerge.merge.nonuniform import NPMerge
 from fedmerge.merge.objective import Objective
 from fedmerge.merge.pool import Pool, pool_of
-from fedmerge.merge.probing import last_layers, listening, probed
+from fedmerge.merge.probing import WANTS_UNITS, last_layers, listening, probed
 from fedmerge.merge.propagation import FEWEST
 from fedmerge.merge.stacking import Stacker, stack, uninformed
 from fedmerge.problem import Problem, Update
@@ -104,12 +104,13 @@ def test_units_tell_classes_apart_that_the_clients_have_forgotten() -> None:
     guessed = (blind.combine(*blind.hear(test.images)).argmax(1) == test.labels).double().mean()
     assert guessed < 0.5 < 0.7 < right
     assert found.diagnostics["unit-penalty"] is not None
-    assert found.wants_units
+    assert found.diagnostics[WANTS_UNITS]
     merger = NPMerge(targets="mixed", mixtures=20, lrs=(0.01,), steps=20)
     taught = merger.teach(problem, updates)
-    for side, groups in ((taught, "parameter"), (replace(taught, wants_units=False), "channel")):
+    for side, groups in ((taught, "parameter"), (replace(taught, lesson={}), "channel")):
         merged = merger(side, updates, generator=torch.Generator().manual_seed(0))
         assert merged.diagnostics["groups"] == groups
+        assert merged.diagnostics.get("lesson", {}) == side.lesson
 
 
 def test_a_fold_is_told_nothing_of_its_validation_part() -> None:

@@ -68,6 +68,8 @@ def learn(
         "validation-loss": best.loss if best else None,
         "findings": findings,
     }
+    if problem.lesson:
+        diagnostics["lesson"] = dict(problem.lesson)
     return Merged((state,), server_examples=len(problem.data), server_labels=not problem.blind, diagnostics=diagnostics)
 
 

@@ -27,6 +27,7 @@ from fedmerge.merge.learning import learn
 from fedmerge.merge.mixture import GROUPS, AffineMixture, FreeMixture, Mixture
 from fedmerge.merge.objective import Objective
 from fedmerge.merge.pair import SigmoidPair
+from fedmerge.merge.probing import WANTS_UNITS
 from fedmerge.merge.starts import STARTS, starting
 from fedmerge.merge.streamed import Box, Channels, Ingredients, Shrunk, Span, Tied
 from fedmerge.problem import FEWEST_TO_SPLIT, LABEL_COUNTS, Merged, Problem, Update
@@ -175,7 +176,7 @@ class NPMerge(Objective):
         if problem.low_memory:
             return ("channel",)
         if len(problem.data) < FEWEST_TO_SPLIT:
-            return ("parameter",) if problem.wants_units else ("channel",)
+            return ("parameter",) if problem.lesson.get(WANTS_UNITS) else ("channel",)
         return ("channel", "parameter")
 
     def _mixture(self, given: Ingredients, groups: str, pace: int, light: bool) -> Callable[[], Coordinates]:

@@ -134,7 +134,7 @@ class Objective:
         pool = probed(problem, updates, self.smoothing) if semi and self.teacher == PROPAGATED else None
         pool = pool or pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
         blind = not semi and not pool.server_labels
-        taught = replace(problem, blind=blind, taught=True, wants_units=pool.wants_units)
+        taught = replace(problem, blind=blind, taught=True, lesson=pool.diagnostics)
         own = pool.own(problem)
         images = mixtures(data.images, self.mixtures, generator(problem.seed, "server", "mixtures"))
         mixed = pool.hear(images) if self.mixtures else ()

@@ -35,7 +35,6 @@ class Pool:
         heard: what was heard of the server's own images, where they had to be looked at.
         apart: the combinations that were learned without the labels of each validation part (`Problem.splits`), where
             `combine` was learned from all.
-        wants_units: whether weights of the clients' hidden units tell more than what their last layers say.
     """
 
     combine: Combine
@@ -45,7 +44,6 @@ class Pool:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     heard: tuple[Tensor, ...] = ()
     apart: tuple[Combine, ...] = ()
-    wants_units: bool = False
 
     def own(self, problem: Problem) -> tuple[Tensor, ...]:
         """Return what is heard of the server's own images.

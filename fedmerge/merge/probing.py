@@ -43,6 +43,8 @@ UNIT_PENALTIES = (3.0, 0.3, 0.1, 0.03)
 """Of the hidden units' weights, to choose from."""
 LEAST_GAIN = 0.02
 """Of validation loss by the hidden units, in nats, from which on a merge is told that it wants them."""
+WANTS_UNITS = "wants-units"
+"""In the diagnostics: whether the hidden units' weights tell more than the opinions'."""
 SPREAD_UNIT_PENALTY = 1.0
 """Of the hidden units' weights where propagated classes are learned; not chosen."""
 
@@ -91,14 +93,14 @@ def probed(problem: Problem, updates: Sequence[Update], smoothing: float) -> Poo
         "penalty": penalty if penalty < math.inf else None,
         "unit-penalty": of_units if of_units < math.inf else None,
         "validation-loss": float(losses[best]),
-        "gain-of-units": gain,
+        WANTS_UNITS: gain > LEAST_GAIN,
     }
     learned = [torch.arange(len(labels)), *(learn for learn, _ in problem.splits)]
     probes = [fit(best, learn) for learn in learned]
     if len(labels) >= FEWEST:
         probes, spread = _spread(problem, prior, probes, learned, opinions, units)
         diagnostics["spread"] = spread
-    return Pool(probes[0], hear, int(known.sum()), True, diagnostics, own, tuple(probes[1:]), gain > LEAST_GAIN)
+    return Pool(probes[0], hear, int(known.sum()), True, diagnostics, own, tuple(probes[1:]))
 
 
 def _spread(
