@@ -62,7 +62,7 @@ def test_it_hears_what_the_last_layers_read() -> None:
     problem, updates = problem_of("mlp@0.1"), trained("mlp@0.1")
     layers = last_layers(problem, updates)
     assert layers is not None
-    hear = listening(problem, updates, layers)
+    hear, own = listening(problem, updates, layers)
     images = blobs(9, seed=3).images
     opinions, units = hear(images)
     states = [update.state for update in updates]
@@ -79,11 +79,15 @@ def test_it_hears_what_the_last_layers_read() -> None:
         scale = float((first * second).sum() / second.square().sum())
         torch.testing.assert_close(first, scale * second, rtol=1e-4, atol=1e-4)
         assert bias.shape == (3,)
-    _, own = hear(problem.data.images)
-    torch.testing.assert_close(own[:, :-1].mean(0), torch.zeros(3 * width, dtype=torch.float64), rtol=0, atol=1e-6)
-    lengths = own[:, :width].norm(dim=1)
+    for first, second in zip(hear(problem.data.images), own, strict=True):
+        assert torch.equal(first, second)
+    own_units = own[1]
+    torch.testing.assert_close(
+        own_units[:, :-1].mean(0), torch.zeros(3 * width, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    lengths = own_units[:, :width].norm(dim=1)
     torch.testing.assert_close(lengths.mean(), torch.tensor(1.0, dtype=torch.float64))
-    assert bool((own[:, -1] == 1).all())
+    assert bool((own_units[:, -1] == 1).all())
 
 
 def strangers() -> list[Update]:
@@ -176,14 +180,31 @@ class Averaged(nn.Sequential):
         super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def test_without_a_fully_connected_last_layer_or_memory_the_opinions_teach() -> None:
+class ByHand(nn.Sequential):
+    """A net that does not call its last layer, but reads its weights."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        *body, head = self
+        for layer in body:
+            images = layer(images)
+        assert isinstance(head, nn.Linear)
+        return functional.linear(images, head.weight, head.bias)
+
+
+@pytest.mark.parametrize("kind", [Averaged, ByHand])
+def test_where_the_units_cannot_be_heard_the_opinions_teach(kind: type[nn.Sequential]) -> None:
     torch.manual_seed(0)
-    model = Averaged()
+    model = kind()
     update = Update(model.state_dict(), 10, 0, (4, 3, 3))
     problem = Problem(model, blobs(60, seed=7))
     assert last_layers(problem, [update]) is None
     assert probed(problem, [update], 1.0) is None
     taught = Objective("mixed", mixtures=0).teach(problem, [update])
     assert taught.data.targets is not None
-    light = replace(problem_of("mlp@0.1"), low_memory=True)
-    assert probed(light, trained("mlp@0.1"), 1.0) is None
+
+
+def test_where_memory_is_short_the_opinions_teach() -> None:
+    assert probed(replace(problem_of("mlp@0.1"), low_memory=True), trained("mlp@0.1"), 1.0) is None

@@ -65,8 +65,7 @@ def probed(problem: Problem, updates: Sequence[Update], smoothing: float) -> Poo
     layers = last_layers(problem, updates) if few and not problem.low_memory else None
     if layers is None:
         return None
-    hear = listening(problem, updates, layers)
-    own = hear(problem.data.images)
+    hear, own = listening(problem, updates, layers)
     opinions, units = (heard.cpu() for heard in own)
     labels, known = problem.data.labels.cpu(), problem.data.known.cpu()
     prior = teacher_of("counts-geometric", updates, smoothing)
@@ -98,9 +97,8 @@ def probed(problem: Problem, updates: Sequence[Update], smoothing: float) -> Poo
     learned = [torch.arange(len(labels)), *(learn for learn, _ in problem.splits)]
     probes = [fit(best, learn) for learn in learned]
     if len(labels) >= FEWEST:
-        probes, spread = _spread(problem, prior, probes, learned, opinions, units)
-        diagnostics["spread"] = spread
-    return Pool(probes[0], hear, int(known.sum()), True, diagnostics, own, tuple(probes[1:]))
+        probes, diagnostics["spread"] = _spread(problem, prior, probes, learned, opinions, units)
+    return Pool(probes[0], hear, len(labels), True, diagnostics, own, tuple(probes[1:]))
 
 
 def _spread(
@@ -139,11 +137,11 @@ def _spread(
 
 
 def last_layers(problem: Problem, updates: Sequence[Update]) -> list[str] | None:
-    """Return the name of each client's last layer; None where one is not fully connected.
+    """Return the name of each client's last layer; None where one is not fully connected, or not called as a module.
 
     Args:
-        problem: has the architectures.
-        updates: at least one.
+        problem: has the architectures, and an image.
+        updates: at least one, on the images' device.
     """
     names = []
     for update in updates:
@@ -153,14 +151,19 @@ def last_layers(problem: Problem, updates: Sequence[Update]) -> list[str] | None
         except ConfigurationError:
             return None
         [name, *others] = {name.rpartition(".")[0] for name in head}
-        if others or not isinstance(model.get_submodule(name), nn.Linear):
+        layer = model.get_submodule(name)
+        if others or not isinstance(layer, nn.Linear):
+            return None
+        if [read.shape for read in _heard(model, update, name, problem.data.images[:1])[1]] != [(1, layer.in_features)]:
             return None
         names.append(name)
     return names
 
 
-def listening(problem: Problem, updates: Sequence[Update], layers: Sequence[str]) -> Hear:
-    """Return what hears the clients' models, and the units before their last layers; a unit that is always 1 is added.
+def listening(problem: Problem, updates: Sequence[Update], layers: Sequence[str]) -> tuple[Hear, tuple[Tensor, Tensor]]:
+    """Return what hears the clients' models and the units before their last layers, and what it hears of the server's.
+
+    It gives log-probabilities (clients, images, classes) and units (images, units), of which the last is always 1.
 
     Args:
         problem: has the architectures, and the images by which the units are centred and scaled.
@@ -168,34 +171,34 @@ def listening(problem: Problem, updates: Sequence[Update], layers: Sequence[str]
         layers: from `last_layers`.
     """
     models = [problem.architecture(update.model) for update in updates]
-    mean: list[Tensor] = []
-    scale: list[Tensor] = []
 
-    @torch.no_grad()
-    def hear(images: Tensor) -> tuple[Tensor, Tensor]:
-        opinions, units = [], []
-        for number, (model, update, layer) in enumerate(zip(models, updates, layers, strict=True)):
-            logits, before = _heard(model, update, layer, images)
-            if number == len(mean):  # the server's own images come first
-                mean.append(before.mean(0))
-                scale.append((before - mean[number]).norm(dim=1).mean().clamp(min=torch.finfo(before.dtype).tiny))
-            opinions.append(logits.log_softmax(1))
-            units.append((before - mean[number]) / scale[number])
-        return torch.stack(opinions), torch.cat([*units, torch.ones_like(units[0][:, :1])], 1)
+    def heard(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found = [_heard(*of_client, images) for of_client in zip(models, updates, layers, strict=True)]
+        return [(torch.cat(logits).double().log_softmax(1), torch.cat(units).double()) for logits, units in found]
 
-    hear(problem.data.images)
-    return hear
+    def joined(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        scaled = [(units - mean) / length for (_, units), mean, length in zip(found, means, lengths, strict=True)]
+        return torch.stack([opinions for opinions, _ in found]), torch.cat(
+            [*scaled, torch.ones_like(scaled[0][:, :1])], 1
+        )
+
+    own = heard(problem.data.images)
+    means = [units.mean(0) for _, units in own]
+    lengths = [
+        (units - mean).norm(dim=1).mean().clamp(min=torch.finfo(units.dtype).tiny)
+        for (_, units), mean in zip(own, means, strict=True)
+    ]
+    return lambda images: joined(heard(images)), joined(own)
 
 
-def _heard(model: nn.Module, update: Update, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a model's outputs, and what its last layer reads, in float64."""
+@torch.no_grad()
+def _heard(model: nn.Module, update: Update, layer: str, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a model's outputs, and what its last layer reads, batch by batch."""
     read: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         with evaluating(model):
-            logits = [
-                functional_call(model, dict(update.state), (part,)) for part in torch.split(images, EVALUATION_BATCH)
-            ]
+            parts = torch.split(images, EVALUATION_BATCH)
+            return [functional_call(model, dict(update.state), (part,)) for part in parts], read
     finally:
         handle.remove()
-    return torch.cat(logits).double(), torch.cat(read).double()
