@@ -81,3 +81,16 @@ class Examples:
         return Examples(
             self.images.to(device), self.labels.to(device), None if self.targets is None else self.targets.to(device)
         )
+
+
+def stratified_parts(labels: Tensor, num_parts: int, generator: torch.Generator) -> list[Tensor]:
+    """Divide the examples into parts of nearly equal size and class shares; each part's indices are sorted.
+
+    Args:
+        labels: of the examples.
+        num_parts: how many parts.
+        generator: decides who is where.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    return [by_class[part::num_parts].sort().values for part in range(num_parts)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedmerge.basis import BasisChange
 from fedmerge.examples import UNKNOWN as UNKNOWN
 from fedmerge.examples import Examples as Examples
+from fedmerge.examples import stratified_parts
 from fedmerge.seeds import generator
 from fedmerge.spaces import Space
 from fedmerge.spilled import spilled
@@ -125,8 +126,7 @@ class Problem:
         others: the architectures that clients may have and the server has not, by name.
         truth_judges: what is learned is judged by the known classes, whatever the targets that it learns from.
         mixtures: images made of the server's, with targets: they are learned from, and nothing else.
-        apart: this problem for each split, taught by a teacher that has not seen the labels of the validation part;
-            (): no teacher has seen any, or there is one split alone.
+        apart: it for each split, taught without the labels of the validation part; (): those taught nothing anyway.
         lesson: what was chosen of the teacher, for the diagnostics.
         low_memory: states that are only read lie in files (`fedmerge.spilled`), and a learned mixture has a coefficient
             for each output channel, which takes no moments of the parameters.
@@ -192,7 +192,7 @@ class Problem:
         judges = self.data.known.cpu().nonzero()[:, 0]
         one_is_enough = len(judges) >= FEWEST_TO_SPLIT
         number = NUM_PARTS if one_is_enough else NUM_FOLDS
-        parts = _stratified_parts(self.data.labels.cpu()[judges], number, generator(self.seed, "server", "folds"))
+        parts = stratified_parts(self.data.labels.cpu()[judges], number, generator(self.seed, "server", "folds"))
         if one_is_enough:
             parts = parts[:1]
         everything = torch.arange(len(self.data))
@@ -201,11 +201,9 @@ class Problem:
     @cached_property
     def folds(self) -> tuple[tuple[Examples, Examples], ...]:
         """Pairs of (part to learn on, validation part), by `splits`."""
-        found = []
-        for side, (learn, validation) in zip(self.sides, self.splits, strict=True):
-            judges = replace(side.data, targets=None) if self.truth_judges else side.data
-            found.append((side.data[learn], judges[validation]))
-        return tuple(found)
+        judges = [replace(side.data, targets=None) if self.truth_judges else side.data for side in self.sides]
+        parts = zip(self.sides, judges, self.splits, strict=True)
+        return tuple((side.data[learn], judge[validation]) for side, judge, (learn, validation) in parts)
 
     @property
     def sides(self) -> tuple[Problem, ...]:
@@ -241,13 +239,6 @@ class Problem:
         if "spaces" in vars(self) and part.model is self.model:
             vars(part)["spaces"] = self.spaces
         return part
-
-
-def _stratified_parts(labels: Tensor, num_parts: int, generator: torch.Generator) -> list[Tensor]:
-    """Divide the examples into parts of nearly equal size and class shares; each part's indices are sorted."""
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[torch.argsort(labels[order], stable=True)]
-    return [by_class[part::num_parts].sort().values for part in range(num_parts)]
 
 
 class Aligner(Protocol):
