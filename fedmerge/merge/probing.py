@@ -58,8 +58,8 @@ def probed(problem: Problem, updates: Sequence[Update], smoothing: float) -> Poo
         smoothing: examples added to each label count.
 
     Returns:
-        None where it is not for: too few classes are known to choose by (50), or as many that opinions do (500), a
-        client's model has no last layer that is fully connected, or memory is short.
+        None where fewer than 50 classes are known, or 500 and more, where a client's model has no last layer that is
+        fully connected, or where memory is short.
     """
     few = problem.may_choose and problem.refits
     layers = last_layers(problem, updates) if few and not problem.low_memory else None
