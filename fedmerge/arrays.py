@@ -19,6 +19,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fedmerge.flower import fill
 from fedmerge.state import StateDict
 
 NUMPY_FORMAT = "numpy.ndarray"
@@ -67,9 +68,8 @@ def arrays_from_state(state: StateDict, dtype: torch.dtype | None = None) -> Arr
         >>> arrays_from_state({"w": torch.zeros(2, 3)}, torch.float16)["w"].dtype
         'float16'
     """
-    record = ArrayRecord()
-    for name, tensor in state.items():  # a record that is made of a dict would make each array a second time
-        record[name] = _array(_to_numpy(name, tensor, dtype))
+    record = ArrayRecord()  # one that is made of a dict would make each array a second time
+    fill(record, {name: _array(_to_numpy(name, tensor, dtype)) for name, tensor in state.items()})
     return record
 
 

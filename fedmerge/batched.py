@@ -8,25 +8,23 @@ Clients that have done their steps leave the stack; a short batch is filled up w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
+from fedmerge.chain import ELEMENTWISE, chain_for, chain_of, flattens
 from fedmerge.problem import Examples
 from fedmerge.seeds import fork
 from fedmerge.sgd import Diverged, LocalTraining, batches, diverged, share_of_rate
 from fedmerge.state import StateDict
 
-Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
-"""Maps stacked weights and images (models, images, …) to logits (models, images, classes)."""
-
-ELEMENTWISE = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Identity)
 OTHERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm, nn.LayerNorm)
-"""Layers without statistics and without chance, which `torch.vmap` can stack."""
+"""More layers without statistics and without chance, which `torch.vmap` can stack."""
 
 STACK_BYTES = 1 << 22
 """Weights that are stacked on a CPU: with their gradients and velocities they stay in its caches."""
@@ -56,12 +54,13 @@ def stackable(model: nn.Module, *, convolutions: bool = False) -> bool:
         model: the architecture.
         convolutions: also those that need `torch.vmap`, which is slower than one model after the other on CPUs.
     """
+    if chain_of(model) is not None:
+        return True
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
-    if len(set(modules)) < len(modules) or len(list(model.parameters())) < len(model.state_dict()):
+    if not convolutions or len(set(modules)) < len(modules) or len(list(model.parameters())) < len(model.state_dict()):
         return False  # weights that are used twice have one name here
     leaves = [module for module in modules if type(module) is not nn.Sequential]
-    allowed = (nn.Linear, *ELEMENTWISE, *(OTHERS if convolutions else ()))
-    return all(type(leaf) in allowed or _flattens(leaf) for leaf in leaves)
+    return all(type(leaf) in (nn.Linear, *ELEMENTWISE, *OTHERS) or flattens(leaf) for leaf in leaves)
 
 
 def fit_many(model: nn.Module, trainings: Sequence[Training]) -> list[dict[str, Tensor] | Diverged]:
@@ -101,18 +100,17 @@ class _Group:
 
     def __init__(self, model: nn.Module, trainings: Sequence[Training], plans: Sequence[list[Tensor]]) -> None:
         self._trainings, self._recipe = trainings, trainings[0].recipe
-        self._forward = _forward(model)
+        self._model, self._chain = model, chain_for(model, trainings[0].examples.images)
         stored = model.state_dict()
         names = [name for name, _ in model.named_parameters()]
         to = {name: stored[name] for name in names}
         self._weights = {
-            name: _laid_out(torch.stack([training.start[name].to(to[name]) for training in trainings]))
-            for name in names
+            name: torch.stack([training.start[name].to(to[name]) for training in trainings]) for name in names
         }
         self._start = (
             {name: tensor.clone() for name, tensor in self._weights.items()} if self._recipe.proximal_mu else {}
         )
-        self._velocity: dict[str, Tensor] = {}
+        self._velocity = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         self._steps = [len(plan) for plan in plans]
         self._images = torch.cat([training.examples.images for training in trainings])
         self._labels = torch.cat([training.examples.labels for training in trainings])
@@ -121,51 +119,62 @@ class _Group:
 
     def run(self) -> list[dict[str, Tensor] | Diverged]:
         """Take all steps, and return what each member has become."""
-        active, moved = 0, dict[str, Tensor]()
+        active = 0
         for step in range(self._steps[0]):
             if step == 0 or self._steps[active - 1] <= step:
                 active = sum(steps > step for steps in self._steps)
-                moved = {name: tensor[:active].detach().requires_grad_() for name, tensor in self._weights.items()}
-            self._step(step, active, moved)
+                weights, velocity, start = [
+                    {name: tensor[:active] for name, tensor in tensors.items()}
+                    for tensors in (self._weights, self._velocity, self._start)
+                ]
+            self._accelerate(step, weights, velocity)
+            self._move(step, weights, velocity, start)
         finite = torch.isfinite(self._totals).tolist()
         return [
-            {name: tensor[place].clone(memory_format=torch.contiguous_format) for name, tensor in self._weights.items()}
+            {name: tensor[place].clone() for name, tensor in self._weights.items()}
             if finite[place]
             else diverged(float(self._totals[place]), training.recipe)
             for place, training in enumerate(self._trainings)
         ]
 
-    def _step(self, step: int, active: int, moved: dict[str, Tensor]) -> None:
+    def _accelerate(self, step: int, weights: dict[str, Tensor], velocity: dict[str, Tensor]) -> None:
+        """Add a step's gradients to the velocities of the members that take it."""
+        active = len(next(iter(weights.values())))
         shares = self._shares[:active, step]
         width = int((shares > 0).sum(1).max())
         index, shares = self._index[:active, step, :width], shares[:, :width].to(self._images.dtype)
-        logits = self._forward(moved, self._images[index])
-        losses = functional.cross_entropy(logits.flatten(0, 1), self._labels[index].flatten(), reduction="none")
-        each = (losses.view(active, width) * shares).sum(1)
-        gradients = torch.autograd.grad(each.sum(), list(moved.values()))
-        self._totals[:active] += each.detach()
-        with torch.no_grad():
-            members = zip(self._trainings[:active], self._steps, strict=False)
-            each_rate = [member.recipe.lr * share_of_rate(member.recipe, step, steps) for member, steps in members]
-            rates = torch.tensor(each_rate, dtype=torch.float64, device=shares.device)
-            for (name, weights), gradient in zip(moved.items(), gradients, strict=True):
-                drawn = self._accelerated(name, self._with_penalties(name, weights, gradient))
-                rate = rates.to(weights.dtype).view(-1, *[1] * (weights.ndim - 1))
-                weights.addcmul_(drawn, rate, value=-1)
+        images, labels, momentum = self._images[index], self._labels[index], self._recipe.momentum
+        if self._chain is not None:
+            losses = self._chain.accelerate(velocity, momentum, weights, images, labels, shares)
+        else:
+            losses, gradients = self._differentiated(weights, images, labels, shares)
+            for moving, gradient in zip(velocity.values(), gradients, strict=True):
+                moving.mul_(momentum).add_(gradient)
+        self._totals[:active] += losses
 
-    def _with_penalties(self, name: str, weights: Tensor, gradient: Tensor) -> Tensor:
-        if self._recipe.proximal_mu:
-            gradient = gradient.add(weights - self._start[name][: len(weights)], alpha=self._recipe.proximal_mu)
-        return gradient.add(weights, alpha=self._recipe.weight_decay) if self._recipe.weight_decay else gradient
+    def _differentiated(
+        self, weights: dict[str, Tensor], images: Tensor, labels: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        moved = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+        logits = torch.vmap(lambda state, own: functional_call(self._model, state, (own,)))(moved, images)
+        each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = (each.view_as(shares) * shares).sum(1)
+        return losses.detach(), torch.autograd.grad(losses.sum(), list(moved.values()))
 
-    def _accelerated(self, name: str, gradient: Tensor) -> Tensor:
-        if not self._recipe.momentum:
-            return gradient
-        if name not in self._velocity:
-            self._velocity[name] = gradient.clone()
-            return self._velocity[name]
-        velocity = self._velocity[name][: len(gradient)]
-        return torch.add(gradient, velocity, alpha=self._recipe.momentum, out=velocity)
+    def _move(
+        self, step: int, weights: dict[str, Tensor], velocity: dict[str, Tensor], start: dict[str, Tensor]
+    ) -> None:
+        recipe = self._recipe
+        members = zip(self._trainings, self._steps, strict=True)
+        each_rate = [own.recipe.lr * share_of_rate(own.recipe, step, steps) for own, steps in members if steps > step]
+        rates = torch.tensor(each_rate, dtype=torch.float64, device=self._images.device)
+        for name, tensor in weights.items():
+            moving = velocity[name]
+            if recipe.proximal_mu:
+                moving.add_(tensor - start[name], alpha=recipe.proximal_mu)
+            if recipe.weight_decay:
+                moving.add_(tensor, alpha=recipe.weight_decay)
+            tensor.addcmul_(moving, rates.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1)), value=-1)
 
 
 def _stack_size(model: nn.Module, device: torch.device) -> int:
@@ -189,43 +198,10 @@ def _table(trainings: Sequence[Training], plans: Sequence[list[Tensor]], device:
     shares = torch.zeros(index.shape, dtype=torch.float64)
     first = 0
     for place, (training, plan) in enumerate(zip(trainings, plans, strict=True)):
-        index[place] = first
-        for step, batch in enumerate(plan):
-            index[place, step, : len(batch)] += batch
-            shares[place, step, : len(batch)] = 1 / len(batch)
+        batches = pad_sequence(plan, batch_first=True)
+        sizes = torch.tensor([[len(batch)] for batch in plan])
+        index[place, : len(plan), : batches.shape[1]] = batches
+        shares[place, : len(plan)] = (torch.arange(widest) < sizes).double() / sizes
+        index[place] += first
         first += len(training.examples)
     return index.to(device), shares.to(device)
-
-
-def _forward(model: nn.Module) -> Forward:
-    """Return how stacked models compute."""
-    layers = {name: module for name, module in model.named_modules() if type(module) is not nn.Sequential}
-    if not stackable(model):
-        return torch.vmap(lambda weights, images: functional_call(model, weights, (images,)))
-
-    def forward(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-        for name, layer in layers.items():
-            if isinstance(layer, nn.Linear):
-                images = _linear(weights, name, images)
-            else:
-                images = images.flatten(2) if isinstance(layer, nn.Flatten) else layer(images)
-        return images
-
-    return forward
-
-
-def _laid_out(weights: Tensor) -> Tensor:
-    """Return stacked weights in the memory layout that the gradients of matrices have: transposed."""
-    return weights.mT.contiguous().mT if weights.ndim == 3 else weights
-
-
-def _linear(weights: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
-    prefix = f"{name}." if name else ""
-    transposed = weights[f"{prefix}weight"].transpose(1, 2)
-    if f"{prefix}bias" not in weights:
-        return torch.bmm(inputs, transposed)
-    return torch.baddbmm(weights[f"{prefix}bias"].unsqueeze(1), inputs, transposed)
-
-
-def _flattens(module: nn.Module) -> bool:
-    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)

@@ -25,7 +25,7 @@ from fedmerge.config import Config
 from fedmerge.federation import Federation
 from fedmerge.flower import CLIENT_FAILED
 from fedmerge.machine import choose_device, reproducible
-from fedmerge.metrics import PARTITION_ID
+from fedmerge.metrics import PARTITION_ID, records
 from fedmerge.nodes import of_device, own_model, partition_of, site_settings
 from fedmerge.orders import Order, own_start, told_of, workspace
 from fedmerge.problem import Examples, Update
@@ -78,12 +78,12 @@ def client_app(load: Callable[[Config], Federation] = federation.load) -> Client
     def judge(message: Message, context: Context) -> Message:
         def answer() -> RecordDict:
             config, partition_id = _who(context)
-            arrays = message.content.array_records.get(ARRAYS)
+            arrays = records(message.content, ArrayRecord).get(ARRAYS)
             if config.dp_noise:
                 raise ConfigurationError("--dp-noise: losses and accuracies on a client's images have no noise")
             if arrays is None:
                 raise ValueError(f"an evaluation needs the model in the message's record '{ARRAYS}'")
-            told = message.content.config_records.get(CONFIG, ConfigRecord())
+            told = records(message.content, ConfigRecord).get(CONFIG, ConfigRecord())
             examples = _examples(load, config, partition_id, told, context)
             state = _state(arrays, config, examples)
             result, num_examples = evaluate_client(config, examples, partition_id, state)
@@ -203,8 +203,8 @@ def read_order(load: Callable[[Config], Federation], message: Message, context: 
         context: of the client's node.
     """
     config, partition_id = _who(context)
-    arrays = message.content.array_records.get(ARRAYS)
-    record = message.content.config_records.get(CONFIG, ConfigRecord())
+    arrays = records(message.content, ArrayRecord).get(ARRAYS)
+    record = records(message.content, ConfigRecord).get(CONFIG, ConfigRecord())
     examples = _examples(load, config, partition_id, record, context)
     own = own_model(config, partition_id, context.node_config)
     fits, declared = record.get(MODEL, config.model) == own, "" if own == config.model else own

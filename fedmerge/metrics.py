@@ -1,17 +1,29 @@
-"""Numbers that replies and merges tell: their means over clients, and what of them Flower's records can hold."""
+"""What messages tell: their records, means of their numbers over clients, and what of a merge's they can hold."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-PARTITION_ID = "partition-id"
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
+PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
 LABEL_COUNTS = "label-counts"
 EPSILON, DELTA, COUNT_EPSILON = PRIVACY = "epsilon", "delta", "label-count-epsilon"
 """What clients tell of their privacy: ε and δ of their models of all rounds so far, and ε of their label counts."""
+
+
+def records(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Return a message's records of a kind by name, without the checks of each that Flower's own views make.
+
+    Args:
+        content: of the message.
+        kind: ArrayRecord, ConfigRecord or MetricRecord.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
@@ -23,13 +35,13 @@ def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
         contents: of the replies.
         weighted_by_key: the metric that is the weight.
     """
-    records = [record for content in contents for record in content.metric_records.values()]
+    told = [record for content in contents for record in records(content, MetricRecord).values()]
     means = MetricRecord()
     others = {weighted_by_key, PARTITION_ID, LABEL_COUNTS, *PRIVACY}
-    for name in sorted({name for record in records for name in record} - others):
+    for name in sorted({name for record in told for name in record} - others):
         pairs = [
             (float(value), float(weight))
-            for record in records
+            for record in told
             if is_finite(value := record.get(name))
             if is_finite(weight := record.get(weighted_by_key)) and weight > 0
         ]

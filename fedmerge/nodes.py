@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedmerge.config import Config
-from fedmerge.metrics import PARTITION_ID
+from fedmerge.metrics import NUM_PARTITIONS, PARTITION_ID
 from fedmerge.settings import ConfigurationError, known
-from fedmerge.wire import NUM_PARTITIONS
 
 PRIVACY_SETTINGS = ("dp-clip", "dp-noise", "dp-delta", "label-counts", "label-count-noise")
 SITE_SETTINGS = ("data-dir", "device", "local-epochs", "upload-dtype", "anchor", *PRIVACY_SETTINGS)

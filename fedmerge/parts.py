@@ -6,8 +6,9 @@ stay the same can be sealed: its parts are kept for as long as it lives. With ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from fedmerge.state import StateDict
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class _Parts:
     modules: tuple[nn.Module, ...]
     parameters: tuple[nn.Parameter, ...]
     tensors: dict[str, Tensor]
+    found: dict[Callable[[nn.Module], Any], Any] = field(default_factory=dict)
 
 
 _sealed: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
@@ -48,6 +52,16 @@ def parameters(model: nn.Module) -> Sequence[nn.Parameter]:
     return tuple(model.parameters()) if parts is None else parts.parameters
 
 
+def once(find: Callable[[nn.Module], T], model: nn.Module) -> T:
+    """Return what a function finds out about a model; a sealed one is looked at once."""
+    parts = _sealed.get(model)
+    if parts is None:
+        return find(model)
+    if find not in parts.found:
+        parts.found[find] = find(model)
+    return parts.found[find]  # type: ignore[no-any-return]
+
+
 def train(model: nn.Module, mode: bool = True) -> None:
     """Put a model into training mode, or into evaluation mode.
 
@@ -60,8 +74,7 @@ def train(model: nn.Module, mode: bool = True) -> None:
         model.train(mode)
         return
     for module in parts.modules:
-        if module.training is not mode:
-            module.training = mode
+        vars(module)["training"] = mode  # what an assignment does, after a look at every kind of attribute
 
 
 def load(model: nn.Module, state: StateDict) -> None:

@@ -199,8 +199,9 @@ class RayGrid(Grid):
         end = math.inf if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and time.monotonic() < end:
-            replies += self.pull_messages(waiting)
-            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            come = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in come}
+            replies += come
         return replies
 
     def _ready_pool(self) -> tuple[ActorPool, Federation]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedmerge.metrics import PARTITION_ID
+from fedmerge.metrics import PARTITION_ID, records
 from fedmerge.rounds import RoundFailed
 from fedmerge.seeds import generator
 
@@ -90,8 +90,8 @@ def ask(grid: Grid, node_ids: Sequence[int], *, timeout: float) -> dict[int, int
     found: dict[int, int] = {}
     replies = grid.send_and_receive(messages, timeout=timeout)
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-        records = reply.content.metric_records.values() if reply.has_content() else ()
-        told = [record[PARTITION_ID] for record in records if PARTITION_ID in record]
+        answers = records(reply.content, MetricRecord).values() if reply.has_content() else ()
+        told = [record[PARTITION_ID] for record in answers if PARTITION_ID in record]
         if len(told) == 1 and isinstance(told[0], int):
             found.setdefault(told[0], reply.metadata.src_node_id)
     if missing := set(node_ids) - set(found.values()):

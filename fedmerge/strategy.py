@@ -26,7 +26,7 @@ from fedmerge import mixed, oneshot
 from fedmerge.goingon import GoingOn
 from fedmerge.machine import choose_device
 from fedmerge.methods import parse_method
-from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars
+from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars, records
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
 from fedmerge.rounds import RoundFailed as RoundFailed
@@ -312,5 +312,5 @@ class OneShotMerge(FedAvg):
 
 def _name(content: RecordDict, node_id: int) -> str:
     """Return how to name the sender of a reply that may hold anything."""
-    told = [record[PARTITION_ID] for record in content.metric_records.values() if PARTITION_ID in record]
+    told = [record[PARTITION_ID] for record in records(content, MetricRecord).values() if PARTITION_ID in record]
     return f"client {told[0]} (node {node_id})" if told else f"node {node_id}"

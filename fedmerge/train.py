@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge import parts
+from fedmerge.chain import chain_for
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
 from fedmerge.reordered import reordered
 from fedmerge.replay import replay_of
@@ -86,9 +87,14 @@ def fit(
     descent = Descent(trained, recipe, steps=recipe.epochs * num_batches(len(examples), recipe.batch_size))
     device = examples.images.device
     replay = replay_of(model, device)
-    forward = reordered(model)
+    forward = parts.once(reordered, model)
+    chain = chain_for(model, examples.images) if moving is None else None
+    weights = {} if chain is None else dict(model.named_parameters())
 
     def gradients(images: Tensor, labels: Tensor) -> Sequence[Tensor | None]:
+        if chain is not None:
+            loss, found = chain.gradients(weights, images, labels)
+            return [loss, *found.values()]
         loss = functional.cross_entropy(forward(images), labels)
         return [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
 
@@ -160,8 +166,7 @@ def laid_out(model: nn.Module, examples: Examples, batch_size: int = 32) -> Exam
         batch_size: images that are computed with at a time.
     """
     images = examples.images
-    convolves = any(isinstance(module, nn.Conv2d) for module in parts.modules(model))
-    if not convolves or images.ndim != 4 or len(images) == 0:
+    if not parts.once(_convolves, model) or images.ndim != 4 or len(images) == 0:
         return examples
     if images.device.type != "cpu" and images[:batch_size, 0].numel() < LARGE_BATCH:
         return examples
@@ -172,6 +177,10 @@ def laid_out(model: nn.Module, examples: Examples, batch_size: int = 32) -> Exam
     except RuntimeError:
         return examples
     return replace(examples, images=moved)
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def log_probabilities(model: nn.Module | Sequence[nn.Module], states: Sequence[StateDict], images: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from fedmerge.arrays import MalformedUpdate as MalformedUpdate
 from fedmerge.arrays import arrays_from_state as arrays_from_state
 from fedmerge.arrays import read_arrays
 from fedmerge.catalogue import STATISTICS
-from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, PRIVACY, is_finite
+from fedmerge.flower import fill
+from fedmerge.metrics import LABEL_COUNTS, PARTITION_ID, PRIVACY, is_finite, records
 from fedmerge.partial import last_layers, num_layers
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, conform, num_bytes
@@ -38,7 +39,6 @@ ARRAYS = "arrays"
 METRICS = "metrics"
 CONFIG = "config"
 NUM_EXAMPLES = "num-examples"
-NUM_PARTITIONS = "num-partitions"
 SERVER_ROUND = "server-round"
 MODEL = "model"
 """In a reply, the name of the client's architecture; in a message, of the one that the weights are of."""
@@ -65,7 +65,7 @@ def num_array_bytes(content: RecordDict) -> int:
     """Return the size in bytes of the numbers in all arrays of a message."""
     return sum(
         math.prod(array.shape) * np.dtype(array.dtype).itemsize
-        for record in content.array_records.values()
+        for record in records(content, ArrayRecord).values()
         for array in record.values()
     )
 
@@ -77,16 +77,20 @@ def update_to_records(update: Update, *, upload_dtype: str) -> RecordDict:
         update: the client's update.
         upload_dtype: floating-point tensors are sent in it, "float32" or "float16"; integer buffers as they are.
     """
-    metrics = MetricRecord({NUM_EXAMPLES: update.num_examples, PARTITION_ID: update.partition_id})
-    for name in REPORTED:
-        if name in update.metrics:
-            metrics[name] = float(update.metrics[name])
+    metrics = MetricRecord()
+    numbers: dict[str, int | float | list[int]] = {
+        NUM_EXAMPLES: update.num_examples,
+        PARTITION_ID: update.partition_id,
+        **{name: float(update.metrics[name]) for name in REPORTED if name in update.metrics},
+    }
     if update.label_counts is not None:
-        metrics[LABEL_COUNTS] = list(update.label_counts)
+        numbers[LABEL_COUNTS] = list(update.label_counts)
+    fill(metrics, numbers)
     sent = update.state
     if update.layers:
         sent = {name: update.state[name] for name in last_layers(update.state, update.layers)}
-    content = RecordDict({ARRAYS: arrays_from_state(sent, getattr(torch, upload_dtype)), METRICS: metrics})
+    content = RecordDict()
+    fill(content, {ARRAYS: arrays_from_state(sent, getattr(torch, upload_dtype)), METRICS: metrics})
     told = ConfigRecord()
     if update.model:
         told[MODEL] = update.model
@@ -126,9 +130,9 @@ def update_from_records(
     model = _declared(content, others or {})
     if model:
         expected = (others or {})[model]
-    records = content.array_records
-    arrays = _only("ArrayRecord", {name: record for name, record in records.items() if name not in STATISTICS})
-    metrics = _only("MetricRecord", content.metric_records)
+    sent = records(content, ArrayRecord)
+    arrays = _only("ArrayRecord", {name: record for name, record in sent.items() if name not in STATISTICS})
+    metrics = _only("MetricRecord", records(content, MetricRecord))
     partition_id = metrics.get(PARTITION_ID, fallback_id)
     if not isinstance(partition_id, int) or not 0 <= partition_id < MOST_CLIENTS:
         raise MalformedUpdate(f"{PARTITION_ID} is {partition_id!r}, expected a whole number from 0")
@@ -153,7 +157,7 @@ def update_from_records(
         label_counts=_label_counts(metrics, num_classes, num_examples if weighted_by_key == NUM_EXAMPLES else None),
         metrics={name: _finite(name, metrics[name]) for name in REPORTED if name in metrics},
         num_bytes=size,
-        statistics={kind: _statistic(kind, records[kind], expected) for kind in STATISTICS if kind in records},
+        statistics={kind: _statistic(kind, sent[kind], expected) for kind in STATISTICS if kind in sent},
         model=model,
         layers=layers,
     )
@@ -180,7 +184,7 @@ def _announced(content: RecordDict, expected: StateDict) -> int:
 
 
 def _told(content: RecordDict) -> ConfigRecord:
-    return content.config_records.get(CONFIG, ConfigRecord())
+    return records(content, ConfigRecord).get(CONFIG, ConfigRecord())
 
 
 def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str, Tensor], int]:
@@ -209,10 +213,10 @@ def _statistic(kind: str, arrays: ArrayRecord, expected: StateDict) -> dict[str,
     return found
 
 
-def _only(kind: str, records: Mapping[str, T]) -> T:
-    if len(records) != 1:
-        raise MalformedUpdate(f"expected exactly one {kind} in the reply, got {len(records)}")
-    return next(iter(records.values()))
+def _only(kind: str, found: Mapping[str, T]) -> T:
+    if len(found) != 1:
+        raise MalformedUpdate(f"expected exactly one {kind} in the reply, got {len(found)}")
+    return next(iter(found.values()))
 
 
 def _num_examples(metrics: MetricRecord, key: str) -> int:

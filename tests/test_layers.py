@@ -65,6 +65,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "reordered",
             "train",
             "batched",
+            "chain",
             "calibrate",
             "oneshot",
             "outcomes",

@@ -78,3 +78,17 @@ def test_a_model_that_is_not_sealed_is_looked_through_each_time() -> None:
     model.append(nn.Linear(2, 2))
     assert len(parts.modules(model)) == 3
     assert len(parts.copied(model)) == 4
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_sealed_model_is_asked_once_and_any_other_each_time(sealed: bool) -> None:
+    model, asked = nn.Linear(2, 2), list[nn.Module]()
+    if sealed:
+        parts.seal(model)
+
+    def find(model: nn.Module) -> int:
+        asked.append(model)
+        return 3
+
+    assert [parts.once(find, model), parts.once(find, model)] == [3, 3]
+    assert asked == [model] * (1 if sealed else 2)

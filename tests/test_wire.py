@@ -9,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedmerge import metrics
+from fedmerge.flower import fill
 from fedmerge.metrics import average_metrics, finite_scalars
 from fedmerge.problem import Update
 from fedmerge.state import num_bytes
@@ -360,3 +362,22 @@ def test_means_of_metrics_are_weighted_and_leave_out_what_is_no_metric() -> None
 def test_diagnostics_keep_only_what_a_metric_record_can_hold() -> None:
     found = finite_scalars({"a": {"b": 1, "c": math.inf, "d": "x", "e": True, "f": None, "g": [1]}, "h": 0.5})
     assert dict(MetricRecord({**found})) == {"a-b": 1, "h": 0.5}
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_filled_record_is_one_that_was_set_item_by_item(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    items: dict[str, int | float | list[int] | list[float]] = {"a": 1, "b": [1.5, 2.0]}
+    filled, expected = MetricRecord(), MetricRecord(items)
+    if not private:  # as if Flower kept its items elsewhere
+        monkeypatch.setattr("fedmerge.flower.vars", lambda _: {}, raising=False)
+    fill(filled, items)
+    assert filled == expected
+    assert filled.object_id == expected.object_id
+    assert "_data" in vars(filled), "Flower has changed: fill is slow"
+
+
+def test_records_are_those_of_flowers_views() -> None:
+    content = RecordDict({"a": MetricRecord({"x": 1}), "b": ConfigRecord(), "c": MetricRecord()})
+    assert metrics.records(content, ArrayRecord) == dict(content.array_records) == {}
+    assert metrics.records(content, ConfigRecord) == dict(content.config_records)
+    assert metrics.records(content, MetricRecord) == dict(content.metric_records)
