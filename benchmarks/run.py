@@ -17,7 +17,7 @@ import sys
 import torch
 from _measure import HERE, RESULTS, table
 
-BENCHMARKS = ("np_step", "memory", "align", "rounds", "actors", "growth", "gpu")
+BENCHMARKS = ("np_step", "memory", "align", "align_peer", "rounds", "actors", "growth", "gpu")
 MARK = "<!-- table: {} -->"
 UNMEASURED = "Unmeasured: the command has not run yet."
 

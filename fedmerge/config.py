@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedmerge.catalogue import SCREENS, STATISTICS
+from fedmerge.catalogue import STATISTICS
+from fedmerge.configcheck import check
 from fedmerge.devices import Device, parse_devices
 from fedmerge.methods import needs
 from fedmerge.settings import ConfigurationError, Value, convert, counted, flag, key, known
@@ -24,11 +24,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-INITIALISATIONS = ("independent", "shared")
-SPLITS = ("test", "development")
-UPLOAD_DTYPES = ("float32", "float16")
-SCHEDULES = ("cosine", "linear")
 
 
 def _option(default: Value, text: str) -> Any:
@@ -120,82 +115,7 @@ class Config:
     out: str = _option("", "run folder to write; empty: a new one under runs/")
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("init", INITIALISATIONS),
-            ("split", SPLITS),
-            ("upload_dtype", UPLOAD_DTYPES),
-            ("lr_schedule", SCHEDULES),
-            ("screen", SCREENS),
-        ):
-            known(flag(name), getattr(self, name), allowed)
-        for kind in self.client_statistics.split("/") if self.client_statistics else ():
-            known(flag("client_statistics"), kind, STATISTICS)
-        for name in ("clients", "batch_size", "rounds", "min_completed"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "client_examples",
-            "server_examples",
-            "threads",
-            "min_client_examples",
-            "batched_clients",
-            "clients_per_round",
-        ):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("client_gpus", "weight_decay", "proximal_mu", "dp_clip", "dp_noise", "label_count_noise"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("alpha", "lr", "client_cpus", "timeout"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0 and finite")
-        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        self._require("dp_delta", 0 <= self.dp_delta < 1, "in [0, 1)")
-        self._check_privacy()
-        self._require("server_labels", self.server_labels >= -1, "at least 0, or -1 for all")
-        self._require("server_limit", self.server_limit == -1 or self.server_limit >= 1, "at least 1, or -1 for all")
-        budgets = ("server_labels", "owns", "server_examples"), ("server_limit", "owns", "server_examples")
-        limits = (("server_labels", "uses", "server_limit"),) if self.server_limit > 0 else ()
-        for name, verb, of in (*budgets, *limits):
-            if getattr(self, name) > getattr(self, of):
-                raise ConfigurationError(
-                    f"{flag(name)} is {getattr(self, name)}, but the server {verb} only {getattr(self, of)} images "
-                    f"({flag(of)})"
-                )
-        for name, most in (("clients_per_round", "clients"), ("min_completed", "clients"), ("min_completed", "asked")):
-            value, limit = getattr(self, name), getattr(self, most)
-            if value > limit:
-                what = "clients (--clients)" if most == "clients" else "of them in a round (--clients-per-round)"
-                raise ConfigurationError(f"{flag(name)} is {value}, but there are only {limit} {what}")
-        parse_devices(self.devices, self.clients if self.devices else 0)
-        if self.models and len(self.client_models) != self.clients:
-            raise ConfigurationError(
-                f"--models {self.models} has {len(self.client_models)} clients, and --clients is {self.clients}: make "
-                "them equal"
-            )
-        if self.devices and self.init != "shared" and any(device.layers for device in self.client_devices):
-            raise ConfigurationError(
-                f"--devices {self.devices}: layers=N leaves a client's other layers at the start that all share: give "
-                "--init shared"
-            )
-        if self.anchor and (self.models or "layers" in self.devices):
-            raise ConfigurationError(
-                "--anchor renames the units of whole models of one architecture: leave out --models, and layers=N of "
-                "--devices"
-            )
-        low, high = self.epochs_range
-        self._require("local_epochs", 1 <= low <= high, "N or LOW..HIGH with 1 ≤ LOW ≤ HIGH")
-        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
-
-    def _check_privacy(self) -> None:
-        """Refuse what would leave the clients without the privacy that they are to have."""
-        if self.dp_noise and not self.dp_clip:
-            raise ConfigurationError(f"--dp-noise {self.dp_noise} is in units of --dp-clip: give that too, as 1")
-        if self.dp_noise and self.statistics:
-            raise ConfigurationError(
-                f"{' and '.join(self.statistics)}: statistics of the clients' images have no noise, and would undo "
-                "--dp-noise: use a method that needs none"
-            )
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigurationError(f"{flag(name)} must be {expected}, got {getattr(self, name)!r}")
+        check(self)
 
     @property
     def epochs_range(self) -> tuple[int, int]:

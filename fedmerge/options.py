@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmerge.catalogue import SCREENS
-from fedmerge.config import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES, Config, read_toml
+from fedmerge.config import Config, read_toml
+from fedmerge.configcheck import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, flag, known
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedmerge import batched
 from fedmerge.batched import Training, fit_many, stackable
-from fedmerge.config import SCHEDULES
+from fedmerge.configcheck import SCHEDULES
 from fedmerge.models import create
 from fedmerge.problem import Examples
 from fedmerge.seeds import default_generator, generator

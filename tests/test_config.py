@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmerge.catalogue import SCREENS
-from fedmerge.config import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES, Config, read_toml
+from fedmerge.config import Config, read_toml
+from fedmerge.configcheck import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, Value, convert, flag, key, known
 

@@ -134,6 +134,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "plumbing": frozenset(
         [
             "config",
+            "configcheck",
             "devices",
             "data",
             "datafiles",
@@ -197,7 +198,7 @@ LAYERS: dict[str, frozenset[str]] = {
 }
 ORDER = list(LAYERS)
 
-LIGHT = ("catalogue", "config", "devices", "errors", "methods", "names", "settings")
+LIGHT = ("catalogue", "config", "configcheck", "devices", "errors", "methods", "names", "settings")
 
 OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
 ONLY_IN = {

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedmerge.config import SCHEDULES
+from fedmerge.configcheck import SCHEDULES
 from fedmerge.errors import FedmergeError
 from fedmerge.models import create
 from fedmerge.problem import Examples
