@@ -1,9 +1,8 @@
 """Alignment of two models, in units of bare forward passes of both over the same images.
 
 Statistics are of every position of every feature space, in one pass. The whole merge is what a user calls: the choice
-of the reference, statistics, solution, change of basis, mean, and BatchNorm statistics. For comparison: align-n-merge
-took 6.0 to 6.6 CPU seconds for two ResNet-20 on 5,000 images, and 13.7 (permutations) to 14.4 (CCA) for two VGG11 on
-1,000, measured on another day on such a machine; the seconds here can be held against these.
+of the reference, statistics, solution, change of basis, mean, and BatchNorm statistics. `align_peer.py` has it beside
+align-n-merge's.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fedmerge import federation, models
 from fedmerge.config import Config
+from fedmerge.merge.best import best_client
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Problem, Update
 from fedmerge.sgd import LocalTraining
@@ -29,6 +30,7 @@ OURS = {"permutations": "activations", "CCA": "cca:ridges=1"}
 THEIRS = {"permutations": "permute", "CCA": "cca"}
 RECIPE = LocalTraining(epochs=3, batch_size=50, lr=0.05)
 REPEATS = 3
+FLOOR, REFERENCE = "forward passes", "of ours, the choice of the reference, which align-n-merge does without"
 
 
 def benchmark(quick: bool) -> list[Row]:
@@ -47,8 +49,9 @@ def _rows(name: str, networks: Sequence[nn.Module], server: Examples, evaluation
     states = [network.state_dict() for network in networks]
     problem.spaces  # noqa: B018 - found once, before
 
+    updates = [Update(state, 100, client) for client, state in enumerate(states)]
+
     def ours(align: str) -> Mapping[str, Tensor]:
-        updates = [Update(state, 100, client) for client, state in enumerate(states)]
         return merge_updates(problem, updates, align=align, merge="mean", seed=0, screen="off").merged.state
 
     def theirs(method: str) -> Mapping[str, Tensor]:
@@ -59,18 +62,22 @@ def _rows(name: str, networks: Sequence[nn.Module], server: Examples, evaluation
     }
     if peer.installed():
         merges |= {f"align-n-merge, {what}": partial(theirs, method) for what, method in THEIRS.items()}
-    forward = {"forward passes": lambda: [predict(networks[0], state, problem.data.images) for state in states]}
-    found = interleaved({**merges, **forward}, repeats=REPEATS)
-    floor = found["forward passes"]
+    parts: dict[str, Callable[[], object]] = {
+        FLOOR: lambda: [predict(networks[0], state, problem.data.images) for state in states],
+        REFERENCE: lambda: best_client(problem, updates),
+    }
+    found = interleaved({**merges, **parts}, repeats=REPEATS)
+    floor = found[FLOOR]
 
     def accuracy(state: Mapping[str, Tensor]) -> str:
         return "" if evaluation is None else f"{100 * evaluate(networks[0], [state], evaluation).accuracy:.1f}"
 
     of = f"2 × {name}, {len(server):,} images"
     each = " and ".join(filter(None, map(accuracy, states)))
-    rows = [_row(f"{of}: forward passes", floor.milliseconds, "1", each)]
+    rows = [_row(f"{of}: {FLOOR}", floor.milliseconds, "1", each)]
     for what, merge in merges.items():
         rows.append(_row(f"{of}: {what}", found[what].milliseconds, found[what].over(floor), accuracy(merge())))
+    rows.append(_row(f"{of}: {REFERENCE}", found[REFERENCE].milliseconds, found[REFERENCE].over(floor), ""))
     if not peer.installed():
         rows.append(_row(f"{of}: align-n-merge", "not installed", "", ""))
     return rows

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 import _pfl
 import torch
 from _flower import app_of
-from _measure import Row, Timing, main, tree_seconds
+from _measure import Row, Timing, interleaved, main, tree_seconds
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid
 from torch.nn import functional
 
 from fedmerge import federation, models
+from fedmerge.batched import Training, fit_many
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.machine import reproducible
+from fedmerge.orders import Order, workspace
 from fedmerge.seeds import derive
 from fedmerge.simulation import simulation
 from fedmerge.sitedata import ImageFormat
@@ -116,6 +119,32 @@ def measured(config: Config, repeats: int) -> tuple[Timing, Timing]:
     return rounds.timings()
 
 
+def measured_trainer(config: Config, repeats: int) -> tuple[Timing, Timing]:
+    """Return the training alone, in this process and without a message, and the bare loop in turn with it.
+
+    Args:
+        config: the federation's configuration; its clients train side by side in groups of `batched_clients`.
+        repeats: of both.
+    """
+    examples = federation.load(config)
+    start = _model(config, examples).state_dict()
+    orders = [Order(config, examples, number, 1, start) for number in _largest_first(examples)]
+    data = {order.partition_id: order.own for order in orders}
+    size = config.batched_clients
+
+    def ours() -> None:
+        with reproducible(), workspace(config, examples) as model:
+            for first in range(0, len(orders), size):
+                group = orders[first : first + size]
+                fit_many(
+                    model,
+                    [Training(start, data[one.partition_id], one.recipe, one.chance("round")) for one in group],
+                )
+
+    found = interleaved({"ours": ours, "bare": bare_loop(config, examples)}, repeats=repeats)
+    return found["ours"], found["bare"]
+
+
 def measured_under_flower(config: Config, repeats: int) -> tuple[Timing, Timing]:
     """Return what `measured` does, of the same clients and strategy under Flower's own simulation engine.
 
@@ -186,6 +215,7 @@ def benchmark(quick: bool) -> list[Row]:
         "cnn, Dirichlet(0.3)": (measured, mlp.replace(model="cnn")),
         "mlp, Dirichlet(0.3)": (measured, mlp),
         "mlp, Dirichlet(0.3), 10 side by side": (measured, mlp.replace(batched_clients=10)),
+        "mlp, Dirichlet(0.3), 10 side by side, the training alone": (measured_trainer, mlp.replace(batched_clients=10)),
     }
     for clients in (10, 100, 1_000, 10_000):
         config = tiny.replace(clients=clients, client_examples=clients)
@@ -201,19 +231,28 @@ def benchmark(quick: bool) -> list[Row]:
     if quick:
         few = COMMON.replace(clients=4, client_examples=4, partition="iid", data="digits")
         side = few.replace(batched_clients=2)
-        cases = {"alone": (measured, few), "2 side by side": (measured, side), "pfl": (measured_under_pfl, few)}
+        cases = {
+            "alone": (measured, few),
+            "2 side by side": (measured, side),
+            "the training alone": (measured_trainer, side),
+            "pfl": (measured_under_pfl, few),
+        }
     rows: list[Row] = []
     for name, (measure, config) in cases.items():
         if measure is measured_under_pfl and not _pfl.installed():
             rows.append({"federation": name, **dict.fromkeys(COLUMNS, "not installed")})
             continue
-        ours, bare = measure(config, 1 if quick else 3)
+        ours, bare = measure(config, 1 if quick else 5)
         pairs = list(zip(ours.cpu, bare.cpu, strict=True))
         over = sorted((mine - floor) / config.clients for mine, floor in pairs)[len(pairs) // 2]
         wall = sorted(ours.wall)[len(ours.wall) // 2]
         cells = (ours.milliseconds, bare.milliseconds, ours.over(bare), f"{1e3 * over:.2f}", f"{wall:.2f}")
         rows.append({"federation": name, **dict(zip(COLUMNS, cells, strict=True))})
     return rows
+
+
+def _largest_first(examples: Federation) -> list[int]:
+    return sorted(range(len(examples.partition)), key=lambda number: -len(examples.partition[number]))
 
 
 def _model(config: Config, examples: Federation) -> torch.nn.Module:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge.chain import ELEMENTWISE, chain_for, chain_of, flattens
+from fedmerge.examples import taken
 from fedmerge.problem import Examples
 from fedmerge.seeds import fork
 from fedmerge.sgd import Diverged, LocalTraining, batches, diverged, share_of_rate
@@ -143,7 +144,8 @@ class _Group:
         shares = self._shares[:active, step]
         width = int((shares > 0).sum(1).max())
         index, shares = self._index[:active, step, :width], shares[:, :width].to(self._images.dtype)
-        images, labels, momentum = self._images[index], self._labels[index], self._recipe.momentum
+        images = taken(self._images, index.flatten()).reshape(*index.shape, *self._images.shape[1:])
+        labels, momentum = self._labels[index], self._recipe.momentum
         if self._chain is not None:
             losses = self._chain.accelerate(velocity, momentum, weights, images, labels, shares)
         else:

@@ -237,7 +237,7 @@ def attempt(context: Context, work: Callable[P, T], *arguments: P.args, **option
 def _who(context: Context) -> tuple[Config, int]:
     """Return the configuration, with the node's own settings, and which client the node is."""
     settings = {**context.run_config, **site_settings(context.node_config)}
-    config = _config(tuple((name, type(value), value) for name, value in settings.items()))
+    config = _config(tuple(settings.items()), tuple(map(type, settings.values())))
     return config, partition_of(context.node_config, config)
 
 
@@ -249,9 +249,9 @@ def _server_round(record: ConfigRecord) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _config(settings: tuple[tuple[str, type, Value], ...]) -> Config:
+def _config(settings: tuple[tuple[str, Value], ...], types: tuple[type, ...]) -> Config:  # noqa: ARG001 - for the cache
     """Return the configuration of settings that are told apart also by their types, as 1 and True."""
-    return Config.from_mapping({name: value for name, _, value in settings})
+    return Config.from_mapping(dict(settings))
 
 
 @functools.lru_cache(maxsize=64)

@@ -74,13 +74,27 @@ class Examples:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> Examples:
-        return Examples(self.images[index], self.labels[index], None if self.targets is None else self.targets[index])
+        targets = None if self.targets is None else taken(self.targets, index)
+        return Examples(taken(self.images, index), taken(self.labels, index), targets)
 
     def to(self, device: torch.device | str) -> Examples:
         """Return the examples on `device`."""
         return Examples(
             self.images.to(device), self.labels.to(device), None if self.targets is None else self.targets.to(device)
         )
+
+
+def taken(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    """Return `tensor[index]`, by whole rows where they lie in one piece, which is several times faster.
+
+    Args:
+        tensor: its memory layout is kept: one whose channels lie last is taken as it lies.
+        index: of the first dimension: numbers from 0, a mask, or a slice.
+    """
+    whole = tensor.ndim < 4 or tensor.stride(1) > tensor.stride(2)
+    if whole and isinstance(index, Tensor) and index.dtype == torch.long and index.ndim == 1:
+        return tensor.index_select(0, index)
+    return tensor[index]
 
 
 def stratified_parts(labels: Tensor, num_parts: int, generator: torch.Generator) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedmerge import parts
 from fedmerge.chain import chain_for
+from fedmerge.examples import taken
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
 from fedmerge.reordered import reordered
 from fedmerge.replay import replay_of
@@ -103,7 +104,7 @@ def fit(
         for _ in range(recipe.epochs):
             total = torch.zeros((), device=device)
             for index in batches(len(examples), recipe.batch_size, generator, device):
-                loss, *found = replay(gradients, examples.images[index], examples.labels[index])
+                loss, *found = replay(gradients, taken(examples.images, index), taken(examples.labels, index))
                 descent.step(found)
                 total += loss * len(index)  # type: ignore[operator]
             mean_loss = float(total) / len(examples)

@@ -126,3 +126,20 @@ def test_examples_move_together() -> None:
 def test_silence_takes_any_progress() -> None:
     silent("merging", 1, 2)
     assert problem(1).progress is silent
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("index", [torch.tensor([2, 0, 2]), torch.tensor([], dtype=torch.long), slice(1, 3), "mask"])
+def test_what_is_taken_of_examples_is_what_indexing_gives_in_the_same_layout(
+    memory_format: torch.memory_format, channels: int, index: torch.Tensor | slice | str
+) -> None:
+    images = torch.empty(4, channels, 5, 6, memory_format=memory_format).normal_()
+    chosen = torch.tensor([True, False, True, True]) if isinstance(index, str) else index
+    examples = Examples(images, torch.arange(4), torch.rand(4, 2))
+    found = examples[chosen]
+    assert found.targets is not None
+    assert examples.targets is not None
+    for ours, whole in zip((found.images, found.labels, found.targets), vars(examples).values(), strict=True):
+        assert torch.equal(ours, whole[chosen])
+        assert ours.stride() == whole[chosen].stride() or not len(ours)
