@@ -94,7 +94,7 @@ class Chain:
                 values.append(_linear(weights[weight], weights.get(bias), values[-1]))
             else:
                 values.append(torch.relu(values[-1]) if type(layer) is nn.ReLU else layer(values[-1]))
-        log_probabilities, right = values.pop().log_softmax(-1), labels.unsqueeze(-1)
+        log_probabilities, right = values[-1].log_softmax(-1), labels.unsqueeze(-1)
         losses = -(log_probabilities.gather(-1, right).squeeze(-1) * shares).sum(-1)
         error = torch.zeros_like(log_probabilities).scatter_(-1, right, -shares.unsqueeze(-1))
         error = torch.ops.aten._log_softmax_backward_data.default(error, log_probabilities, -1, error.dtype)
@@ -148,7 +148,7 @@ def chain_of(model: nn.Module) -> Chain | None:
         layers = [(name, layer) for name, layer in layers if not flattens(layer)]
     linear = [layer for _, layer in layers if type(layer) is nn.Linear]
     plain = all(type(layer) in (nn.Linear, *ELEMENTWISE) and _repeatable(layer) for _, layer in layers)
-    if not linear or not plain or len(set(layers)) < len(layers) or any(_hooked(module) for _, module in modules):
+    if not linear or not plain or any(_hooked(module) for _, module in modules):
         return None
     weights = [parameter for layer in linear for parameter in layer.parameters()]
     if len({id(weight) for weight in weights}) < len(weights) or not all(weight.requires_grad for weight in weights):

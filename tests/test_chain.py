@@ -23,13 +23,18 @@ CLASSES = 3
 
 
 def network(
-    widths: list[int], layers: list[type[nn.Module]], *, bias: bool = True, dtype: torch.dtype = torch.float64
+    widths: list[int],
+    layers: list[type[nn.Module]],
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    around: tuple[type[nn.Module], ...] = (),
 ) -> nn.Sequential:
     with default_generator(0):
-        found: list[nn.Module] = [nn.Flatten()]
+        found: list[nn.Module] = [nn.Flatten(), *(layer() for layer in around)]
         for place, (inputs, outputs) in enumerate(zip([4, *widths], [*widths, CLASSES], strict=True)):
             found += [nn.Linear(inputs, outputs, bias=bias), *([layers[place]()] if place < len(widths) else [])]
-        return nn.Sequential(*found).to(dtype)
+        return nn.Sequential(*found, *(layer() for layer in around)).to(dtype)
 
 
 def images_and_labels(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -57,11 +62,17 @@ def the_chain(model: nn.Module) -> Chain:
     bias=st.booleans(),
     size=st.integers(1, 7),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    around=st.sampled_from([(), (nn.ReLU,), (nn.Tanh,)]),
 )
 def test_gradients_have_the_bits_of_autograds(
-    widths: list[int], layer: type[nn.Module], bias: bool, size: int, dtype: torch.dtype
+    widths: list[int],
+    layer: type[nn.Module],
+    bias: bool,
+    size: int,
+    dtype: torch.dtype,
+    around: tuple[type[nn.Module], ...],
 ) -> None:
-    model = network(widths, [layer] * len(widths), bias=bias, dtype=dtype)
+    model = network(widths, [layer] * len(widths), bias=bias, dtype=dtype, around=around)
     images, labels = images_and_labels(size, dtype=dtype)
     expected_loss, expected = by_autograd(model, images, labels)
     loss, found = the_chain(model).gradients(dict(model.named_parameters()), images, labels)
