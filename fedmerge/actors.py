@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmerge.actorside import Failure, actor_class, import_path, packed, tensor_from_shared_memory, to_numpy, unpacked
+from fedmerge.actorside import Failure, actor_class, import_path, tensor_from_shared_memory, to_numpy
 from fedmerge.cluster import Resources, room, running_ray, shorten
 from fedmerge.settings import ConfigurationError
 
@@ -182,7 +182,7 @@ class ActorPool:
     def _dispatch(self) -> None:
         while self._queue and self._idle:
             actor, tasks = self._idle.popleft(), self._next()
-            reference = actor.answer.remote(packed([task.arguments for task in tasks]), *tasks[0].shared)
+            reference = actor.answer.remote([task.arguments for task in tasks], *tasks[0].shared)
             self._running[reference] = tasks, actor
 
     def _next(self) -> list[_Task]:
@@ -228,7 +228,7 @@ class ActorPool:
             return [(tasks[0].task_id, Failure(_reason(error), crashed))]
         self._idle.append(actor)
         self._seconds = seconds / len(tasks)
-        return [(task.task_id, result) for task, result in zip(tasks, map(unpacked, results), strict=True)]
+        return [(task.task_id, result) for task, result in zip(tasks, results, strict=True)]
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import warnings
 from dataclasses import dataclass
@@ -42,16 +41,6 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.detach().cpu().contiguous().numpy()
 
 
-def packed(value: object) -> np.ndarray[Any, Any]:
-    """Return a value as bytes that Ray need not look into: its own pickler asks Python about every object."""
-    return np.frombuffer(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
-
-
-def unpacked(value: np.ndarray[Any, Any]) -> Any:
-    """Return what was packed."""
-    return pickle.loads(value.data)  # noqa: S301 - it comes from our own process, as all that Ray hands over
-
-
 def actor_class() -> type:
     """Return the actors' class, which travels as code: it sets where imports come from before anything is imported."""
 
@@ -68,17 +57,17 @@ def actor_class() -> type:
             module, _, name = target.partition(":")
             self.held = getattr(importlib.import_module(module), name)(*arguments)
 
-        def answer(self, tasks: np.ndarray[Any, Any], *shared: object) -> tuple[float, list[np.ndarray[Any, Any]]]:
+        def answer(self, tasks: list[tuple[object, ...]], *shared: object) -> tuple[float, list[object]]:
             from time import perf_counter
 
-            from fedmerge.actorside import failed, packed, unpacked
+            from fedmerge.actorside import failed
 
             began, results = perf_counter(), []
-            for arguments in unpacked(tasks):
+            for arguments in tasks:
                 try:
-                    results.append(packed(self.held.answer(*arguments, *shared)))
+                    results.append(self.held.answer(*arguments, *shared))
                 except Exception as error:
-                    results.append(packed(failed(error)))
+                    results.append(failed(error))
             return perf_counter() - began, results
 
     return Actor
