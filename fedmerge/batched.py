@@ -28,7 +28,7 @@ OTHERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupN
 """More layers without statistics and without chance, which `torch.vmap` can stack."""
 
 STACK_BYTES = 1 << 22
-"""Weights that are stacked on a CPU: with their gradients and velocities they stay in its caches."""
+"""Weights that are stacked on a CPU: with their velocities they stay in its caches."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def update_from_records(
     Raises:
         MalformedUpdate: if anything in it cannot be used.
     """
-    model = _declared(content, others or {})
+    told = records(content, ConfigRecord).get(CONFIG, ConfigRecord())
+    model = _declared(told, others or {})
     if model:
         expected = (others or {})[model]
     sent = records(content, ArrayRecord)
@@ -136,7 +137,7 @@ def update_from_records(
     partition_id = metrics.get(PARTITION_ID, fallback_id)
     if not isinstance(partition_id, int) or not 0 <= partition_id < MOST_CLIENTS:
         raise MalformedUpdate(f"{PARTITION_ID} is {partition_id!r}, expected a whole number from 0")
-    layers = _announced(content, expected)
+    layers = _announced(told, expected)
     if layers:
         start = None if start_of is None else start_of(model, partition_id)
         if start is None:
@@ -163,28 +164,24 @@ def update_from_records(
     )
 
 
-def _declared(content: RecordDict, others: Mapping[str, StateDict]) -> str:
+def _declared(told: ConfigRecord, others: Mapping[str, StateDict]) -> str:
     """Return the name of the client's architecture; empty for the server's, which is not declared."""
-    told = _told(content).get(MODEL, "")
-    if isinstance(told, str) and (not told or told in others):
-        return told
+    model = told.get(MODEL, "")
+    if isinstance(model, str) and (not model or model in others):
+        return model
     names = ", ".join(map(repr, others)) or "no other than the server's"
-    raise MalformedUpdate(f"{MODEL} is {told!r:.60}, expected one that the federation has (--models): {names}")
+    raise MalformedUpdate(f"{MODEL} is {model!r:.60}, expected one that the federation has (--models): {names}")
 
 
-def _announced(content: RecordDict, expected: StateDict) -> int:
+def _announced(told: ConfigRecord, expected: StateDict) -> int:
     """Return how many of its last layers a reply holds; 0 for all, which is not announced."""
-    told = _told(content).get(LAYERS, 0)
-    if type(told) is int and told == 0:
+    layers = told.get(LAYERS, 0)
+    if type(layers) is int and layers == 0:
         return 0
     most = num_layers(expected)
-    if type(told) is int and 0 < told <= most:
-        return told
-    raise MalformedUpdate(f"{LAYERS} is {told!r:.60}, expected a whole number up to {most}, as many as the model has")
-
-
-def _told(content: RecordDict) -> ConfigRecord:
-    return records(content, ConfigRecord).get(CONFIG, ConfigRecord())
+    if type(layers) is int and 0 < layers <= most:
+        return layers
+    raise MalformedUpdate(f"{LAYERS} is {layers!r:.60}, expected a whole number up to {most}, as many as the model has")
 
 
 def _state_and_size(arrays: ArrayRecord, expected: StateDict) -> tuple[dict[str, Tensor], int]:
