@@ -18,7 +18,7 @@ from fedmerge.trace import RuleTable, traced
 
 BATCH = 128
 ROWS = 1 << 11
-"""Samples that are shifted and multiplied at once: they stay in a processor's cache."""
+"""Samples that CPUs shift and multiply at once: they stay in the cache. GPUs take a batch's, in few launches."""
 LATEST = 1 << 13
 """Samples whose products are summed in their own precision, at least, before they are added in float64."""
 TILE = 128
@@ -102,7 +102,7 @@ def with_reference(count: int, reference: int) -> set[Pair]:
 
 
 def joint_size(spaces: Sequence[Space], models: int, pairs: int, alone: Sequence[Space] = ()) -> int:
-    """Return how many bytes the covariances of `joint_moments` take, on the CPU.
+    """Return how many bytes the covariances of `joint_moments` take, where the images are and on the CPU.
 
     Args:
         spaces: feature spaces in which models are compared.
@@ -190,16 +190,18 @@ def joint_moments(
 def features_of(value: Tensor, space: Space, state: StateDict) -> Tensor:
     """Return the features of a model with weights `state` as (samples, units), given the value of the space's site."""
     site = space.site
-    index = torch.tensor(site.index, device=value.device)
     rows = value.movedim(site.dim, -1).flatten(0, -2)
+    if site.weight is None and site.index == tuple(range(rows.shape[1])):
+        return rows  # no index is sent to a GPU, which would have to be waited for
+    index = torch.tensor(site.index, device=value.device)
     if site.weight is None:
-        return rows if site.index == tuple(range(rows.shape[1])) else rows.index_select(1, index)
+        return rows.index_select(1, index)
     bias = None if site.bias is None else state[site.bias][index]
     return linear(rows, state[site.weight][index], bias)
 
 
 class _Sums:
-    """Running sums of shifted features of several models."""
+    """Running sums of shifted features of several models, where these are: nothing waits for a GPU before the end."""
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
@@ -214,21 +216,22 @@ class _Sums:
             self.shifts[index] = features.mean(0)
         shift = self.shifts[index]
         total, (product, seen) = torch.zeros_like(shift), self._latest(index, index)
-        width = TILE if shift.device.type == "cpu" else len(shift)
-        for part in torch.split(features, ROWS):
+        rows, width = _block(features)
+        for part in torch.split(features, rows):
             shifted = part - shift
             total += shifted.sum(0)
             for left in range(0, len(shift), width):
                 tile = slice(left, left + width)
                 product[tile, left:].addmm_(shifted[:, tile].T, shifted[:, left:])
         self.counts[index] = self.counts.get(index, 0) + len(features)
-        self.first[index] = self.first.get(index, 0.0) + total.cpu().double()
+        self.first[index] = self.first.get(index, 0.0) + total.double()
         self._keep(index, index, product, seen + len(features))
 
     def compare(self, first: int, second: int, ours: Tensor, theirs: Tensor) -> None:
         """Add the products of two models' shifted features."""
         product, seen = self._latest(first, second)
-        for one, other in zip(torch.split(ours, ROWS), torch.split(theirs, ROWS), strict=True):
+        rows, _ = _block(ours)
+        for one, other in zip(torch.split(ours, rows), torch.split(theirs, rows), strict=True):
             product.addmm_((one - self.shifts[first]).T, other - self.shifts[second])
         self._keep(first, second, product, seen + len(ours))
 
@@ -247,24 +250,30 @@ class _Sums:
     def _add(self, first: int, second: int) -> None:
         product, _ = self.latest.pop((first, second))
         if (first, second) in self.second:
-            self.second[first, second] += product.cpu()
+            self.second[first, second] += product
         else:
-            self.second[first, second] = product.cpu().double()
+            self.second[first, second] = product.double()
 
     def joint(self) -> Joint:
         for pair in list(self.latest):
             self._add(*pair)
         (count,) = set(self.counts.values())
-        means = {index: total / count for index, total in self.first.items()}
+        means = {index: total.cpu() / count for index, total in self.first.items()}
         return Joint(
             count,
             tuple(self.shifts[index].cpu() + means[index] for index in sorted(means)),
             {
-                (first, second): (_mirrored(total) if first == second else total) / count
+                (first, second): (_mirrored(total.cpu()) if first == second else total.cpu()) / count
                 - torch.outer(means[first], means[second])
                 for (first, second), total in self.second.items()
             },
         )
+
+
+def _block(features: Tensor) -> tuple[int, int]:
+    """Return how many samples, and units, are multiplied at once."""
+    samples, units = features.shape
+    return (ROWS, TILE) if features.device.type == "cpu" else (samples, units)
 
 
 def _mirrored(upper: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fedmerge.align.matching import correlation, match
 from fedmerge.basis import BasisChange, Permutation, Zip, rebase
 from fedmerge.features import Joint, Moments, joint_moments, joint_size, with_reference
 from fedmerge.folding import FoldedNorm, Folding, Target, fold, restore
-from fedmerge.memory import require
+from fedmerge.memory import CPU, require
 from fedmerge.problem import Aligned, Problem
 from fedmerge.spaces import Axis
 from fedmerge.state import StateDict
@@ -62,7 +62,9 @@ class Comparison:
         pairs = set(combinations(range(count), 2)) if self.every_pair else with_reference(count, self.reference)
         alone = self.folding.sites if self.folded else ()
         size = joint_size(self.problem.spaces, count, len(pairs), alone)
-        require(size, f"comparing {count} models' units, {len(pairs)} pairs of models,", ADVICE)
+        purpose = f"comparing {count} models' units, {len(pairs)} pairs of models,"
+        for device in {CPU, self.problem.learn.images.device}:
+            require(size, purpose, ADVICE, device)
         return joint_moments(
             self.problem.model,
             self.problem.spaces,
