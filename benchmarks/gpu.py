@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmerge.batched import Training, fit_many, stackable
+from fedmerge.merge import kernels
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Problem, Update
@@ -57,12 +58,24 @@ def steps(quick: bool) -> list[Row]:
         del variants["pair, not compiled"], variants["affine, K = 10, stacked"]
         if DEVICE == "cuda":
             ours = {key: run for key, run in variants.items() if key not in (np_step.FLOOR, np_step.COMPILED)}
-            variants |= {GRAPHED: graphed(name, shape)} | {
-                f"{key}, recorded": recorded(run) for key, run in ours.items()
-            }
+            variants[GRAPHED] = graphed(name, shape)
+            if importlib.util.find_spec("triton"):
+                ours |= {f"{key}, Triton": by_triton(run) for key, run in ours.items() if key != "fine-tuning"}
+            variants |= ours | {f"{key}, recorded": recorded(run) for key, run in ours.items()}
         found = interleaved(variants, repeats=1 if quick else 5, each=1 if quick else 4, clock=now)
         rows += [_row(f"step of {name}: {variant}", timing, found[np_step.FLOOR]) for variant, timing in found.items()]
     return rows
+
+
+def by_triton(run: Callable[[], object]) -> Callable[[], object]:
+    """Return a step of ours by Triton's kernels."""
+
+    def step() -> None:
+        os.environ[kernels.SWITCH] = "1"
+        run()
+        del os.environ[kernels.SWITCH]
+
+    return step
 
 
 def recorded(run: Callable[[], object]) -> Callable[[], object]:

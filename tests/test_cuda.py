@@ -19,6 +19,7 @@ from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS, MERGERS, STATISTICS
 from fedmerge.features import joint_moments, with_reference
 from fedmerge.machine import reproducible
+from fedmerge.merge import kernels
 from fedmerge.merge.coordinates import Coordinates
 from fedmerge.merge.descent import Candidate, Schedule, descend
 from fedmerge.merge.mixture import GROUPS
@@ -152,6 +153,13 @@ def descended(problem: Problem, made: Coordinates, schedule: Schedule) -> list[d
     return list(descend(problem, candidate, {}, problem.data, [0, 7, 40], seed=3, schedule=schedule))
 
 
+@pytest.fixture(params=["operations", "Triton"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test by PyTorch's operations and by Triton's kernels."""
+    monkeypatch.setenv(kernels.SWITCH, str(int(request.param == "Triton")))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("form", FORMS)
@@ -167,6 +175,7 @@ def test_every_mixture_takes_the_steps_of_the_slow_one_on_the_cpu(form: str, gro
         assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_pair_takes_the_steps_of_the_cpu() -> None:
     states, (problem, _) = doubles_with_edges(2), doubles(1)
     expected = descended(problem, SigmoidPair(*states), Schedule())
@@ -175,6 +184,7 @@ def test_a_pair_takes_the_steps_of_the_cpu() -> None:
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("merge", ["np:groups=parameter", "np:groups=channel:form=box", "finetune", "fedavg"])
 def test_a_merge_gives_the_same_bits_again(merge: str) -> None:
     problem, updates = problem_of("resnet20@0.25", 20), trained("resnet20@0.25")

@@ -123,6 +123,8 @@ LAYERS: dict[str, frozenset[str]] = {
             "merge.propagation",
             "merge.shares",
             "merge.source",
+            "merge.tiled",
+            "merge.tiles",
             "merge.stacking",
             "merge.starts",
             "merge.streamed",
@@ -200,7 +202,7 @@ ORDER = list(LAYERS)
 
 LIGHT = ("catalogue", "config", "configcheck", "devices", "errors", "methods", "names", "settings")
 
-OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping"}
+OF_MATHEMATICS = {"torch", "numpy", "scipy", "safetensors", "jaxtyping", "triton"}
 ONLY_IN = {
     "flwr": {
         "arrays",
@@ -231,8 +233,15 @@ ONLY_IN = {
     "click": {"cli", "deploycli", "options", "preparation"},
     "filelock": {"datafiles", "runs"},
     "opacus": {"privacy"},
+    "triton": {"merge.tiled", "merge.tiles"},
 }
-BROUGHT = {"ray": "flwr", "PIL": "torchvision", "datasets": "flwr-datasets", "markupsafe": "jinja2"}
+BROUGHT = {
+    "ray": "flwr",
+    "PIL": "torchvision",
+    "datasets": "flwr-datasets",
+    "markupsafe": "jinja2",
+    "triton": "torch",
+}
 """Packages that no requirement names, and the declared dependency whose interface they are a part of."""
 
 HEAVY = "torch numpy scipy ray flwr flwr_datasets torchvision sklearn matplotlib safetensors jinja2"

@@ -60,6 +60,13 @@ class Rates:
         """The step's factor and ε where √v is taken as it is: −rate / root and ε / root."""
         return -self.rate / self.root, EPSILON / self.root
 
+    @cached_property
+    def packed(self) -> Tensor:
+        """The rate, the second moment's correction and `keep`, (3,) in float64, on the device that counts the steps."""
+        if isinstance(self.rate, Tensor):
+            return torch.stack([self.rate, self.root, torch.full_like(self.rate, self.keep)])
+        return torch.tensor([self.rate, self.root, self.keep], dtype=torch.float64)
+
     def move(self, value: Tensor, first: Tensor, second: Tensor, gradient: Tensor) -> None:
         """Take the step in place, by torch's own Adam.
 

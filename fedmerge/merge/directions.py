@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Directions:
         """
         model = self.models[index][:, part]
         return model if self.centre is None else model - self.centre[:, part]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        """Where the models lie in memory, (models,) int64, on their device."""
+        return torch.tensor([model.data_ptr() for model in self.models], device=self.models[0].device)
 
     def __len__(self) -> int:
         return len(self.models)

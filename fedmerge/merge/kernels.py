@@ -10,7 +10,10 @@ not tied, Adam's moments of all of them follow from g's alone, f d_k ⊙ m and (
 from __future__ import annotations
 
 import ctypes
+import importlib
+import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from fedmerge.merge.source import SOURCE
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
 PART = 1 << 15
+SWITCH = "FEDMERGE_TRITON"
 
 
 def span(
@@ -46,7 +50,10 @@ def span(
         rates: of this step.
         beta: β_k, (models, rows, width), moved as well; None: they are not kept.
     """
-    call = _compiled("span", theta)
+    tiled, call = _tiled(theta), _compiled("span", theta)
+    if tiled:
+        tiled.span(theta, moments, gradient, directions, start, rates, beta)
+        return
     if call:
         call(
             *_sizes(theta),
@@ -96,7 +103,10 @@ def box(
         shares: (models, rows) coefficients at β = 0; they sum to 1.
         bounds: the least and the greatest coefficient.
     """
-    call = _compiled("box", theta)
+    tiled, call = _tiled(theta), _compiled("box", theta)
+    if tiled:
+        tiled.box(theta, moments, gradient, directions, start, rates, beta, shares, bounds)
+        return
     if call:
         call(
             *_sizes(theta),
@@ -146,7 +156,10 @@ def channel(
         shares: (models, rows) coefficients at β = 0, which sum to 1; None: there are no bounds.
         bounds: the least and the greatest coefficient.
     """
-    call = _compiled("channel", theta)
+    tiled, call = _tiled(theta), _compiled("channel", theta)
+    if tiled:
+        tiled.channel(theta, moments, gradient, directions, start, rates, beta, shares, bounds)
+        return
     if call:
         call(
             *_sizes(theta),
@@ -217,7 +230,10 @@ def pair(
         second: B.
         rates: of this step.
     """
-    call = _compiled("pair", theta)
+    tiled, call = _tiled(theta), _compiled("pair", theta)
+    if tiled:
+        tiled.pair(theta, moments, gradient, raw, first, second, rates)
+        return
     if call:
         call(
             *_sizes(theta),
@@ -239,6 +255,13 @@ def _parts(theta: Tensor) -> Iterator[slice]:
     size = PART if theta.device.type == "cpu" else theta.numel()
     width = max(1, size // len(theta))
     return (slice(place, place + width) for place in range(0, theta.shape[1], width))
+
+
+def _tiled(like: Tensor) -> ModuleType | None:
+    """Return the same functions as Triton's kernels, for tensors of a GPU where they are asked for; None elsewhere."""
+    if like.dtype not in TYPES or not like.is_cuda or os.environ.get(SWITCH) != "1":
+        return None
+    return importlib.import_module("fedmerge.merge.tiled")
 
 
 def _compiled(name: str, like: Tensor) -> Callable[..., Any] | None:
