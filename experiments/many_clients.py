@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _run import accuracies, compare, compare_all, holds, hours, main, mean_of, rows_of, table, write
+from _run import accuracies, advantage, compare, compare_all, holds, hours, main, mean_of, rows_of, table, write
 
-from fedmerge.tables import duration
+from fedmerge.runs import Run
+from fedmerge.tables import duration, points
+from fedmerge.tables import size as size_of
 
 COUNTS = (2, 5, 10, 20, 50)
 OURS = "activations+np"
@@ -65,14 +67,33 @@ def many_clients(size: str, out: Path) -> None:
         f"| Seconds of `{name}` | {' | '.join(duration(timed[name].get(cell)) for cell in found)} |"
         for name in (OURS, *PAIRS)
     ]
+    peaks = {
+        name: {cell: _peak(run, name) for cell, run in zip(found, runs.values(), strict=True) if name in found[cell]}
+        for name in (OURS, pairs)
+    }
+    memory = [
+        f"| Memory of `{name}`, at most | {' | '.join(size_of(peaks[name].get(cell)) for cell in found)} |"
+        for name in peaks
+    ]
+    ahead = [
+        f"| `{OURS}` is above `{control}` by | "
+        f"{' | '.join(points(advantage([rows], OURS, control)) for rows in found.values())} |"
+        for control in (pairs, "best-client-finetune")
+    ]
     content = {
         "commands": [command(count) for count in COUNTS],
         "hours": hours(runs.values()),
         "accuracy": accuracies(found),
         "seconds": timed,
-        "table": [*table(found, METHODS), *seconds],
+        "peak bytes": peaks,
+        "table": [*table(found, METHODS), *ahead, *seconds, *memory],
     }
     write("many_clients", content, runs[COUNTS[0]])
+
+
+def _peak(run: Run, method: str) -> int:
+    """Return by how much a merge grew the process's memory, at most over the seeds."""
+    return max(result.peak_bytes or 0 for result in run.results() if result.method == method)
 
 
 if __name__ == "__main__":
