@@ -93,7 +93,7 @@ def many_clients(size: str, out: Path) -> None:
 
 def _peak(run: Run, method: str) -> int:
     """Return by how much a merge grew the process's memory, at most over the seeds."""
-    return max(result.peak_bytes or 0 for result in run.results() if result.method == method)
+    return max(result["peak_bytes"] or 0 for result in run.results() if result["method"] == method)
 
 
 if __name__ == "__main__":
