@@ -73,8 +73,8 @@ def server_data(size: str, out: Path) -> None:
         "hours": hours([run], again),
         "accuracy": {"no data": accuracies({"": rows_of(run)})[""], **accuracies(found)},
         "tables": {
-            "no labels": table({name: found[name] for name in list(CELLS)[:3]}, WITHOUT),
-            "labels": table({name: found[name] for name in list(CELLS)[3:9]}, (*BY_LABELS, *SEMI)),
+            "unlabelled": table({name: found[name] for name in list(CELLS)[:3]}, WITHOUT),
+            "labelled": table({name: found[name] for name in list(CELLS)[3:9]}, (*BY_LABELS, *SEMI)),
             "both": table({name: found[name] for name in list(CELLS)[9:]}, (*BY_LABELS[:1], *SEMI)),
         },
     }
