@@ -1,6 +1,6 @@
 """Claim: aligned models can be averaged, whatever they were trained on.
 
-    python experiments/alignment.py            # pairs of ResNet-20, Fashion-MNIST; half an hour on two cores
+    python experiments/alignment.py            # pairs of ResNet-20, Fashion-MNIST; an hour and a half on two cores
     python experiments/alignment.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 Two ResNet-20 are trained from different initialisations, 8 epochs on 10,000 images each: the same images, or disjoint
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from _run import Rows, compare, holds, main, mean_of, rows_of, write
+from _run import Rows, compare, holds, hours, main, mean_of, rows_of, write
 
 from fedmerge.tables import percent
 
@@ -24,7 +24,7 @@ SMOKE = ("mean", "activations+mean", "cca+mean")
 
 FULL = (
     "fedmerge compare --data fashion-mnist --model resnet20 --clients 2 --local-epochs 8 --server-examples 5000 "
-    f"--seeds 0 --methods {','.join(METHODS)}"
+    f"--seeds 0,1,2 --methods {','.join(METHODS)}"
 )
 COMMANDS = {
     "full": {
@@ -61,6 +61,7 @@ def alignment(size: str, out: Path) -> None:
     if size == "full":
         content = {
             "commands": COMMANDS[size],
+            "hours": hours(runs.values()),
             "accuracy": {
                 pairs: {method: list(row.accuracies.values()) for method, row in rows.items()}
                 for pairs, rows in found.items()

@@ -1,6 +1,6 @@
 """Claim: clients of several architectures give a better model together than the best family of them gives alone.
 
-    python experiments/architectures.py            # Fashion-MNIST and digits, 3 seeds each; about 20 CPU minutes
+    python experiments/architectures.py            # Fashion-MNIST and digits, 5 seeds each; under an hour of one core
     python experiments/architectures.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 The tables of docs/architectures.md. `mixed`: clients of two widths and of two families, merged into the server's
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from _run import Rows, compare, holds, main, mean_of, rows_of, write
+from _run import Rows, compare, holds, hours, main, mean_of, rows_of, write
 
 from fedmerge.outcomes import SEPARATOR
 from fedmerge.tables import markdown_table
@@ -25,10 +25,10 @@ CONTROLS = "fedavg,best-client,ensemble,ensemble-counts,server-only,best-client-
 COMMANDS = {
     "mixed": "fedmerge compare --data fashion-mnist --model lenet5 --models lenet5:2,lenet5@0.5:2,resnet20@0.25:1 "
     "--clients 5 --client-examples 10000 --partition dirichlet --alpha 0.3 --min-client-examples 300 --local-epochs 5 "
-    f"--server-examples 1000 --seeds 0,1,2 --methods {CONTROLS},{WITH_LABELS},{WITHOUT}",
+    f"--server-examples 1000 --seeds 0,1,2,3,4 --methods {CONTROLS},{WITH_LABELS},{WITHOUT}",
     "depths": "fedmerge compare --data digits --model resnet32@0.25 --models resnet20@0.25:2,resnet32@0.25:2 "
     "--clients 4 --partition dirichlet --alpha 0.3 --min-client-examples 60 --local-epochs 20 --server-examples 500 "
-    f"--seeds 0,1,2 --methods fedavg,best-client,ensemble-counts,{WITHOUT}",
+    f"--seeds 0,1,2,3,4 --methods fedavg,best-client,ensemble-counts,fresh-distill,{WITHOUT}",
 }
 SMOKE = (
     "fedmerge compare --model mlp --models mlp:2,mlp@0.5:2,lenet5:1 --server-examples 500 --local-epochs 5 "
@@ -54,6 +54,7 @@ def architectures(size: str, out: Path) -> None:
         check(found["mixed"], method)
     content = {
         "commands": COMMANDS,
+        "hours": hours(runs.values()),
         "accuracy": {
             name: {method: list(row.accuracies.values()) for method, row in rows.items()}
             for name, rows in found.items()

@@ -52,8 +52,9 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "starts": (OURS, *(f"activations+np:start={name}" for name in ("examples", "counts", "best"))),
     "forms": tuple(f"{OURS}:form={name}" for name in ("shrink", "box", "simplex", "free")),
-    "teachers": tuple(
-        f"{DISTILLED}:teacher={name}" for name in ("mean", "counts", "counts-geometric", "prior", "propagated")
+    "teachers": (
+        *(f"{DISTILLED}:teacher={name}" for name in ("mean", "counts", "counts-geometric", "prior", "propagated")),
+        "fresh-distill:teacher=propagated",
     ),
 }
 TOLD = (CHANNELS, PARAMETERS, "activations+np:start=counts", f"{DISTILLED}:teacher=propagated")

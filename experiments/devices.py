@@ -1,6 +1,6 @@
 """Claim: devices that differ are handled: weak ones send fewer bytes, and what is learned of all stays above FedAvg.
 
-    python experiments/devices.py            # Fashion-MNIST, 5 clients, Dirichlet(0.1), 3 seeds; about 10 CPU minutes
+    python experiments/devices.py      # Fashion-MNIST, 5 clients, Dirichlet(0.1), 5 seeds; half an hour of one core
     python experiments/devices.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 The table of docs/architectures.md: full devices; weak ones (one client trains an epoch, one an epoch and sends float16,
@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from _run import Rows, compare, holds, main, mean_of, rows_of, write
+from _run import Rows, compare, holds, hours, main, mean_of, rows_of, write
 
 from fedmerge.tables import percent, size
 
 METHODS = ("fedavg", "ensemble-counts", "np")
 SCENARIO = (
     "fedmerge compare --data fashion-mnist --model lenet5 --clients 5 --client-examples 10000 --partition dirichlet "
-    "--alpha 0.1 --min-client-examples 300 --local-epochs 5 --init shared --server-examples 500 --seeds 0,1,2 "
+    "--alpha 0.1 --min-client-examples 300 --local-epochs 5 --init shared --server-examples 500 --seeds 0,1,2,3,4 "
     f"--methods {','.join(METHODS)}"
 )
 SMOKE = f"fedmerge compare --model mlp@0.5 --init shared --local-epochs 5 --methods {','.join(METHODS)}"
@@ -48,6 +48,7 @@ def devices(size: str, out: Path) -> None:
     if size == "full":
         content = {
             "commands": commands,
+            "hours": hours(runs.values()),
             "accuracy": {
                 name: {method: list(row.accuracies.values()) for method, row in rows.items()}
                 for name, rows in found.items()

@@ -1,6 +1,6 @@
 """Claim: with one to three hostile clients beside five honest ones, a screened merge is as good as the honest alone.
 
-    python experiments/hostile.py                   # Fashion-MNIST, 3 attackers of each kind at most, 2 seeds
+    python experiments/hostile.py                   # Fashion-MNIST, 3 attackers of each kind at most, 5 seeds
     python experiments/hostile.py --size smoke      # digits, 1 seed, less than a minute; what CI runs
 
 The hostile clients change the update that they would have sent, or (wrong labels) train on other labels. Flower's Krum,
@@ -49,7 +49,7 @@ SIZES: dict[str, tuple[Config, Sequence[int], Sequence[int], str]] = {
             local_epochs="5",
             server_examples=500,
         ),
-        (0, 1),
+        (0, 1, 2, 3, 4),
         (1, 2, 3),
         "np:groups=channel:lrs=0.01",
     ),

@@ -34,7 +34,8 @@ COURSES = {
     EVERY: f"--align identity --merge {OURS}:steps=100:lrs=0.01 --rounds 10",
 }
 """Flags of what goes on from round to round, by name; a merge of every round has 100 steps at one rate, not tuned."""
-AGAIN = f"--server-labels 0 --methods {OURS}"
+FRESH = "fresh-distill"
+AGAIN = f"--server-labels 0 --methods {OURS},{FRESH}"
 SMOKE = "fedmerge simulate --init shared --local-epochs 1 --align identity --merge fedavg --rounds 3"
 
 
@@ -76,7 +77,11 @@ def many_rounds(size: str, out: Path) -> None:
     assert all(one >= accuracy for accuracy in tenth.values()), f"{one} is below {tenth}"
     holds("one round of ours is at least as good as ten", [(OURS, one), *tenth.items()])
     traffic = {name: bytes_of_round(found[0]) for name, found in runs.items()}
-    rows = {f"`{OURS}`, one round of ten epochs": single[OURS], "the same, uploads in float16": half[OURS]}
+    rows = {
+        f"`{OURS}`, one round of ten epochs": single[OURS],
+        "the same, uploads in float16": half[OURS],
+        f"`{FRESH}`, that round's targets": single[FRESH],
+    }
     content = {
         "commands": [
             *(command(PARTITION, "shared"), command(PARTITION, "shared", "--upload-dtype float16")),

@@ -1,6 +1,6 @@
 """Claim: merging pays under differential privacy too, and label counts with noise do nearly what exact ones do.
 
-    python experiments/privacy.py            # Fashion-MNIST, 5 clients, 2 seeds; ten minutes
+    python experiments/privacy.py            # Fashion-MNIST, 5 clients, 5 seeds; half an hour
     python experiments/privacy.py --size smoke     # digits, 1 seed, a minute; what CI runs
 
 Clients of 2,400 images, label-skewed, train a LeNet-5 from one initialisation, by SGD or by DP-SGD of two strengths.
@@ -25,14 +25,15 @@ from fedmerge.tables import NOTHING, percent
 
 COUNTED, UNCOUNTED = "np-distill:lrs=0.01", "np-distill:teacher=mean:lrs=0.01"
 LEARNED = "np:lrs=0.01"
-METHODS = ("fedavg", LEARNED, COUNTED, UNCOUNTED)
+FRESH = "fresh-distill:lrs=0.01"
+METHODS = ("fedavg", LEARNED, COUNTED, UNCOUNTED, FRESH)
 MOST_LOSS = 0.01
 """Of accuracy: what noise on label counts may cost."""
 
 FULL = (
     "fedmerge compare --data fashion-mnist --split development --model lenet5 --clients 5 --client-examples 12000 "
     "--partition dirichlet-equal --alpha 0.5 --init shared --local-epochs 10 --batch-size 128 --server-examples 500 "
-    f"--seeds 0,1 --methods {','.join(METHODS)}"
+    f"--seeds 0,1,2,3,4 --methods {','.join(METHODS)}"
 )
 SMOKE = (
     "fedmerge compare --split development --init shared --local-epochs 5 --batch-size 64 --server-examples 100 "
@@ -50,7 +51,7 @@ SCENARIOS = {
 }
 ANCHORS = {
     "full": "fedmerge compare --data fashion-mnist --split development --model mlp --clients 5 --client-examples 12000 "
-    "--partition dirichlet-equal --alpha 0.5 --local-epochs 10 --server-examples 500 --seeds 0,1 "
+    "--partition dirichlet-equal --alpha 0.5 --local-epochs 10 --server-examples 500 --seeds 0,1,2,3,4 "
     "--methods mean,best-client",
     "smoke": "fedmerge compare --split development --methods mean,best-client",
 }
@@ -131,6 +132,7 @@ def table(found: Mapping[str, Rows], told: Mapping[str, Mapping[str, Any]]) -> l
         (LEARNED, "not used", ("without", "weak", "strong")),
         (COUNTED, "exact", ("without",)),
         (COUNTED, noise, ("counts", "weak", "strong")),
+        (FRESH, noise, ("counts", "weak", "strong")),
         (UNCOUNTED, "none", ("without", "weak", "strong")),
     ):
         cells = [percent(found[name][method]) for name in scenarios]
