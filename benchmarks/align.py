@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedmerge.align.cca import CCA
 from fedmerge.align.matching import correlation, match
-from fedmerge.features import Moments, joint_moments, moments, with_reference
+from fedmerge.covariances import Moments
+from fedmerge.features import joint_moments, moments, with_reference
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
 from fedmerge.problem import Examples, Problem, Update

@@ -14,7 +14,7 @@ from _measure import Row, interleaved, main
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge.merge import native
+from fedmerge import native
 from fedmerge.merge.adam import Adam
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.coordinates import Coordinates, Weights

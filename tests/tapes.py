@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedmerge import replay
-from fedmerge.merge import descent, native, pair, streamed
+from fedmerge import native, replay
+from fedmerge.merge import descent, pair, streamed
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

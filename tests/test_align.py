@@ -13,7 +13,7 @@ from fedmerge.align.matching import correlation, match
 from fedmerge.architectures import ResidualBlock
 from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS
-from fedmerge.features import Moments
+from fedmerge.covariances import Moments
 from fedmerge.merge.average import mean_state
 from fedmerge.methods import resolve
 from fedmerge.oneshot import align_updates

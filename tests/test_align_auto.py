@@ -16,7 +16,8 @@ from fedmerge.align.identity import Identity
 from fedmerge.align.zipit import ZipIt
 from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS
-from fedmerge.features import Joint, joint_moments
+from fedmerge.covariances import Joint
+from fedmerge.features import joint_moments
 from fedmerge.merge.average import mean_state
 from fedmerge.methods import resolve
 from fedmerge.problem import Aligned, Examples, Problem

@@ -11,7 +11,8 @@ from fedmerge.align.cca import CCA, canonical_map
 from fedmerge.align.comparison import Comparison
 from fedmerge.align.matching import correlation, match
 from fedmerge.basis import Linear, rebase
-from fedmerge.features import Joint, Moments, joint_moments
+from fedmerge.covariances import Joint, Moments
+from fedmerge.features import joint_moments
 from fedmerge.merge.average import mean_state
 from fedmerge.problem import Aligned, Examples, Problem
 from fedmerge.train import predict

@@ -30,8 +30,8 @@ def features(name: str, state: dict[str, Tensor], images: Tensor, space: Space) 
 
 @pytest.mark.parametrize("name", ["mlp@0.1", "cnn@0.1", "resnet20@0.25"])
 def test_moments_are_the_covariances_over_all_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmerge.features.TILE", 7)  # no divisor of the widths
-    monkeypatch.setattr("fedmerge.features.LATEST", 100)  # less than there are samples, more than in a batch of some
+    monkeypatch.setattr("fedmerge.covariances.TILE", 7)  # no divisor of the widths
+    monkeypatch.setattr("fedmerge.covariances.LATEST", 100)  # less than there are samples, more than in a batch of some
     first, second = (dict(update.state) for update in trained(name, 2))
     images = blobs(150, seed=3).images + 4.0  # a mean that must not cancel the digits
     model = create(name, shape=SHAPE, num_classes=3, seed=0)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from problems import doubles, problem_of, same, trained
 from torch import Tensor
 
-from fedmerge.merge import kernels, native
+from fedmerge import native
+from fedmerge.merge import kernels
 from fedmerge.merge.adam import Adam
 from fedmerge.merge.average import mean_state
 from fedmerge.merge.box import onto_box

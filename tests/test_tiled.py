@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmerge.merge import kernels, native
+from fedmerge import native
+from fedmerge.merge import kernels
 from fedmerge.merge.adam import Adam, Rates, first_step
 from fedmerge.merge.box import onto_box
 from fedmerge.merge.directions import Directions, Moments

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from fedmerge.adapt.joining import join
 from fedmerge.basis import Resize, put_units_first, units_first
-from fedmerge.features import Joint, joint_moments
+from fedmerge.covariances import Joint
+from fedmerge.features import joint_moments
 from fedmerge.folding import FoldedNorm, Folding, Target, fold, restore
 from fedmerge.spaces import Axis, Space
 from fedmerge.state import StateDict

@@ -22,7 +22,8 @@ from fedmerge.align.matching import composed, correlation, match, matched
 from fedmerge.align.running_mean import matched_with_mean
 from fedmerge.basis import Permutation
 from fedmerge.calibrate import calibrate
-from fedmerge.features import Moments, moments
+from fedmerge.covariances import Moments
+from fedmerge.features import moments
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 

@@ -29,7 +29,7 @@ from fedmerge.align.choice import Candidates
 from fedmerge.align.comparison import Comparison, aligned_by_choice
 from fedmerge.align.matching import correlation, match
 from fedmerge.basis import Linear
-from fedmerge.features import Moments
+from fedmerge.covariances import Moments
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedmerge.align.choice import Candidates, choose
 from fedmerge.align.matching import correlation, match
 from fedmerge.basis import BasisChange, Permutation, Zip, rebase
-from fedmerge.features import Joint, Moments, joint_moments, joint_size, with_reference
+from fedmerge.covariances import Joint, Moments
+from fedmerge.features import joint_moments, joint_size, with_reference
 from fedmerge.folding import FoldedNorm, Folding, Target, fold, restore
 from fedmerge.memory import CPU, require
 from fedmerge.problem import Aligned, Problem

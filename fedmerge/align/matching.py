@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from fedmerge.basis import Permutation
-from fedmerge.features import Joint, Moments
+from fedmerge.covariances import Joint, Moments
 
 
 def match(scores: Float64[Tensor, "units units"]) -> Permutation:

@@ -28,7 +28,7 @@ from fedmerge.align.choice import Candidates
 from fedmerge.align.comparison import Comparison, aligned_by_choice
 from fedmerge.align.matching import correlation
 from fedmerge.basis import Transport
-from fedmerge.features import Moments
+from fedmerge.covariances import Moments
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 

@@ -48,7 +48,7 @@ from fedmerge.align.comparison import Comparison, aligned_by_choice
 from fedmerge.align.identity import Identity
 from fedmerge.align.matching import correlations
 from fedmerge.basis import BasisChange, Zip
-from fedmerge.features import Joint
+from fedmerge.covariances import Joint
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
 

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmerge.merge import native
+from fedmerge import native
 from fedmerge.merge.adam import EPSILON, FIRST, SECOND, Rates
 from fedmerge.merge.box import into_box
 from fedmerge.merge.directions import Directions, Moments
 from fedmerge.merge.source import SOURCE
 
-TYPES = {torch.float32: "float", torch.float64: "double"}
 PART = 1 << 15
 SWITCH = "FEDMERGE_TRITON"
 
@@ -60,7 +59,7 @@ def span(
             *_given(directions),
             ctypes.c_double(directions.factor),
             _constants(rates),
-            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta)),
+            *map(native.pointer, (start, theta, moments.first, moments.second, gradient, beta)),
         )
         return
     rate, epsilon = rates.in_units_of_root
@@ -113,7 +112,7 @@ def box(
             *_given(directions),
             ctypes.c_double(directions.factor),
             _constants(rates),
-            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
+            *map(native.pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
             *map(ctypes.c_double, bounds),
         )
         return
@@ -166,7 +165,7 @@ def channel(
             *_given(directions),
             ctypes.c_double(directions.factor),
             _constants(rates),
-            *map(_pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
+            *map(native.pointer, (start, theta, moments.first, moments.second, gradient, beta, shares)),
             *map(ctypes.c_double, bounds),
         )
         return
@@ -190,7 +189,7 @@ def products(gradient: Tensor, directions: Directions) -> Tensor:
             *_sizes(gradient),
             *_given(directions),
             ctypes.c_double(directions.factor),
-            *map(_pointer, (gradient, found)),
+            *map(native.pointer, (gradient, found)),
         )
         return found
     for index in range(len(directions)):
@@ -209,7 +208,7 @@ def mix(theta: Tensor, directions: Directions, start: Tensor, beta: Tensor) -> N
     """
     call = _compiled("mix", theta)
     if call:
-        call(*_sizes(theta), *_given(directions), *map(_pointer, (start, theta, beta)))
+        call(*_sizes(theta), *_given(directions), *map(native.pointer, (start, theta, beta)))
         return
     theta.copy_(start)
     for index in range(len(directions)):
@@ -237,9 +236,9 @@ def pair(
     if call:
         call(
             *_sizes(theta),
-            *map(_pointer, (first, second)),
+            *map(native.pointer, (first, second)),
             _constants(rates),
-            *map(_pointer, (theta, moments.first, moments.second, gradient, raw)),
+            *map(native.pointer, (theta, moments.first, moments.second, gradient, raw)),
         )
         return
     for part in _parts(theta):
@@ -259,17 +258,13 @@ def _parts(theta: Tensor) -> Iterator[slice]:
 
 def _tiled(like: Tensor) -> ModuleType | None:
     """Return the same functions as Triton's kernels, for tensors of a GPU where they are asked for; None elsewhere."""
-    if like.dtype not in TYPES or not like.is_cuda or os.environ.get(SWITCH) != "1":
+    if like.dtype not in native.TYPES or not like.is_cuda or os.environ.get(SWITCH) != "1":
         return None
     return importlib.import_module("fedmerge.merge.tiled")
 
 
 def _compiled(name: str, like: Tensor) -> Callable[..., Any] | None:
-    """Return the compiled function for tensors of a kind; None where there is none."""
-    if like.dtype not in TYPES or like.device.type != "cpu":
-        return None
-    library = native.library(f"using T = {TYPES[like.dtype]};\n{SOURCE}")
-    return None if library is None else getattr(library, name)
+    return native.function(SOURCE, name, like)
 
 
 def _sizes(theta: Tensor) -> tuple[ctypes.c_int64, ...]:
@@ -277,12 +272,8 @@ def _sizes(theta: Tensor) -> tuple[ctypes.c_int64, ...]:
 
 
 def _given(directions: Directions) -> tuple[Any, ...]:
-    pointers = [model.data_ptr() for model in directions.models]
-    return ctypes.c_int64(len(pointers)), (ctypes.c_void_p * len(pointers))(*pointers), _pointer(directions.centre)
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    models = [model.data_ptr() for model in directions.models]
+    return ctypes.c_int64(len(models)), (ctypes.c_void_p * len(models))(*models), native.pointer(directions.centre)
 
 
 def _constants(rates: Rates) -> Any:

@@ -1,6 +1,6 @@
 """C++ compiled where the machine has a compiler: one pass over memory instead of one for each operation.
 
-The source is in Python files, since a Flower app carries no others. It is compiled once for a machine, in about two
+The source is in Python files, since a Flower app carries no others. It is compiled once for a machine, in one to two
 seconds, and kept in the user's cache. Where there is no compiler, callers do the same in PyTorch; which way was taken
 is in the log. `FEDMERGE_COMPILE=0` forbids it.
 """
@@ -17,7 +17,12 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +30,27 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"),
     *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),  # for vector instructions; no result is approximated
 )
+
+TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+def function(source: str, name: str, like: Tensor) -> Callable[..., Any] | None:
+    """Return a compiled function for tensors of a kind; None where there is none.
+
+    Args:
+        source: of functions with C linkage, for numbers of type T.
+        name: of one of them.
+        like: a tensor of that kind.
+    """
+    if like.dtype not in TYPES or like.device.type != "cpu":
+        return None
+    found = library(f"using T = {TYPES[like.dtype]};\n{source}")
+    return None if found is None else getattr(found, name)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Return where a tensor begins; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @functools.cache
@@ -36,12 +62,12 @@ def library(source: str) -> ctypes.CDLL | None:
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if os.environ.get("FEDMERGE_COMPILE") == "0" or compiler is None:
-        logger.info("no C++ compiler is used: steps of a merge take PyTorch's operations")
+        logger.info("no C++ compiler is used: merges take PyTorch's operations")
         return None
     try:
         return ctypes.CDLL(str(_compiled(source, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("C++ could not be compiled, steps of a merge take PyTorch's operations: %s", error)
+        logger.warning("C++ could not be compiled, merges take PyTorch's operations: %s", error)
         return None
 
 
