@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from fedmerge.machine import reproducible
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -123,8 +125,8 @@ def main(description: str | None, benchmark: Callable[[bool], Sequence[Row]], *,
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, and writes nothing")
     quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    rows = [dict(row) for row in benchmark(quick)]
+    with reproducible():  # as our programs compute
+        rows = [dict(row) for row in benchmark(quick)]
     name = Path(sys.argv[0]).stem
     found = {
         "command": f"python benchmarks/{name}.py",

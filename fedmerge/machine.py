@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +17,9 @@ from fedmerge.settings import ConfigurationError
 
 WORKSPACE = ":4096:8"
 """cuBLAS's scratch memory, fixed in size, without which its products are not the same again."""
+MAPPED, HELD = 1 << 25, 1 << 27
+"""Bytes from which a block is mapped alone (the most that glibc comes to by itself), and of freed memory to hold."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def num_cores() -> int:
@@ -55,7 +61,7 @@ def num_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def reproducible(threads: int = 1) -> Iterator[None]:
-    """Compute so that the same seed gives the same bits again, on CPUs and on CUDA.
+    """Compute so that the same seed gives the same bits again, on CPUs and on CUDA, and `hold_memory`.
 
     On CUDA torch takes deterministic algorithms where it has them, and warns of an operation that has none. The
     precision of products (TF32) is torch's own setting, and stays as it is.
@@ -63,8 +69,23 @@ def reproducible(threads: int = 1) -> Iterator[None]:
     Args:
         threads: CPU threads (0: as many as there are cores).
     """
+    hold_memory()
     with num_threads(threads), _deterministic() if torch.cuda.is_available() else nullcontext():
         yield
+
+
+@functools.cache
+def hold_memory() -> None:
+    """Let this process keep freed memory, `HELD` at most, for what it allocates next.
+
+    glibc gives it back where more than a batch's activations become free, and gets it again, page by page, for the next
+    batch: without it, passes of a ResNet-20 over batches of 128 images take a fifth less time. Of other C libraries
+    nothing is asked. It stays so until the process ends.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAPPED)
+        mallopt(M_TRIM_THRESHOLD, HELD)
 
 
 @contextmanager
