@@ -6,6 +6,7 @@ and scikit-learn. What it imports beside these, and does not use to merge, is st
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import importlib
@@ -14,7 +15,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +48,32 @@ def create(name: str, seed: int) -> nn.Module:
     model: nn.Module = vgg.VGG("VGG11")
     vgg.xavier_init(model)
     return model
+
+
+def process(name: str, models: Sequence[nn.Module], images: Tensor) -> Callable[[str], dict[str, Tensor]]:
+    """Return what merges by a method, in another process, which lives as long as this one.
+
+    Args:
+        name: as in `create`.
+        models: left as they are.
+        images: all that the merge may see.
+    """
+    pool = get_context("spawn").Pool(1, _begin, (name, models, images))
+    atexit.register(pool.terminate)
+    return lambda method: pool.apply(_merged, (method,))
+
+
+def _begin(*given: Any) -> None:
+    torch.set_num_threads(1)
+    _given.extend(given)
+
+
+def _merged(method: str) -> dict[str, Tensor]:
+    name, models, images = _given
+    return merged(name, models, images, method).state_dict()
+
+
+_given: list[Any] = []
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ The networks are align-n-merge's own, and both tools merge the same ones: two Re
 the same images of Fashion-MNIST, whose merges are evaluated on the development split, and two VGG-11 as they are
 initialised, for the time alone. A merge is all from the models to one model: the choice of a reference (ours),
 statistics, matching, change of basis, mean, and BatchNorm statistics. The peer is measured where `_align_n_merge.py`
-finds it.
+finds it, in a process of its own, whose memory is as it finds it: ours holds what is freed (`fedmerge.machine`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 
 import _align_n_merge as peer
 import torch
-from _measure import Row, interleaved, main
+from _measure import Row, interleaved, main, tree_seconds
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -54,19 +54,17 @@ def _rows(name: str, networks: Sequence[nn.Module], server: Examples, evaluation
     def ours(align: str) -> Mapping[str, Tensor]:
         return merge_updates(problem, updates, align=align, merge="mean", seed=0, screen="off").merged.state
 
-    def theirs(method: str) -> Mapping[str, Tensor]:
-        return peer.merged(name, networks, server.images, method).state_dict()
-
     merges: dict[str, Callable[[], Mapping[str, Tensor]]] = {
         f"ours, {what}": partial(ours, align) for what, align in OURS.items()
     }
     if peer.installed():
+        theirs = peer.process(name, networks, server.images)
         merges |= {f"align-n-merge, {what}": partial(theirs, method) for what, method in THEIRS.items()}
     parts: dict[str, Callable[[], object]] = {
         FLOOR: lambda: [predict(networks[0], state, problem.data.images) for state in states],
         REFERENCE: lambda: best_client(problem, updates),
     }
-    found = interleaved({**merges, **parts}, repeats=REPEATS)
+    found = interleaved({**merges, **parts}, repeats=REPEATS, clock=tree_seconds)
     floor = found[FLOOR]
 
     def accuracy(state: Mapping[str, Tensor]) -> str:

@@ -27,9 +27,9 @@ from fedmerge import federation, models
 from fedmerge.client import train_client
 from fedmerge.config import Config
 from fedmerge.federation import Federation
+from fedmerge.machine import versions
 from fedmerge.oneshot import merge_aligned, merge_updates, prepare
 from fedmerge.problem import Examples, Problem, Update
-from fedmerge.runs import versions
 from fedmerge.seeds import derive, generator
 from fedmerge.train import evaluate
 

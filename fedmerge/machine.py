@@ -1,4 +1,4 @@
-"""What a process computes with: its device, its CPU threads, and algorithms that give the same bits again."""
+"""What a process computes with: device, CPU threads, versions, and algorithms that give the same bits again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,12 +21,25 @@ WORKSPACE = ":4096:8"
 """cuBLAS's scratch memory, fixed in size, without which its products are not the same again."""
 MAPPED, HELD = 1 << 25, 1 << 27
 """Bytes from which a block is mapped alone (the most that glibc comes to by itself), and of freed memory to hold."""
+VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def num_cores() -> int:
     """Return how many cores this process may use, which in a container or under `taskset` is not all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in VERSIONED:
+        loaded = getattr(sys.modules.get(name), "__version__", None)  # tells torch's builds apart
+        try:
+            found[name] = str(loaded or metadata.version(name))
+        except metadata.PackageNotFoundError:  # the app's bundle runs without an installed fedmerge
+            found[name] = "unknown"
+    return found | {"threads": str(torch.get_num_threads())}
 
 
 def choose_device(name: str) -> torch.device:

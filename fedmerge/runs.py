@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from fedmerge.catalogue import STATISTICS
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
+from fedmerge.machine import versions
 from fedmerge.outcomes import SEPARATOR
 from fedmerge.problem import Update
 from fedmerge.state import MalformedState, StateDict, read_checkpoint, serialize
@@ -44,7 +41,6 @@ Result = dict[str, Any]
 ARCHITECTURE = "architecture"
 """In the header of a merged model's file, the name of its architecture; absent: it is the server's."""
 LOCK = ".lock"
-VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
 
 
 class RunError(FedmergeError):
@@ -77,7 +73,7 @@ class Run:
             content = {"command": command, "config": config.to_mapping(), **settings, "versions": versions()}
             with run.locked():
                 _require_empty(path)  # again: another process may have made its run here in the meantime
-                run._write("config.json", (json.dumps(content, indent=2) + "\n").encode())
+                run.write("config.json", (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write the run folder {path}: {error.strerror}; give another --out") from error
         return run
@@ -145,7 +141,7 @@ class Run:
         content = json.dumps(indices).encode()
         path = self.path / "partitions" / f"seed-{seed}.json"
         if not path.exists():
-            self._write(path, content)
+            self.write(path, content)
         elif path.read_bytes() != content:
             raise RunError(
                 f"{path} holds another partition than these settings give now: the data or the libraries have changed "
@@ -168,8 +164,8 @@ class Run:
             return
         path = self._update_path(seed, server_round, update.partition_id)
         for kind, tensors in update.statistics.items():  # before the update, whose file says that all is there
-            self._write(path.parent / kind / path.name, serialize(tensors))
-        self._write(path, update_to_bytes(update))
+            self.write(path.parent / kind / path.name, serialize(tensors))
+        self.write(path, update_to_bytes(update))
 
     def load_update(self, seed: int, server_round: int, partition_id: int) -> Update:
         """Return one stored update.
@@ -203,7 +199,7 @@ class Run:
         for index, state in enumerate(states):
             part = f"-{index + 1:05}-of-{len(states):05}" if len(states) > 1 else ""
             about = {ARCHITECTURE: models[index]} if models and models[index] else {}
-            self._write(folder / f"{file_name(method)}{part}.safetensors", serialize(state, about))
+            self.write(folder / f"{file_name(method)}{part}.safetensors", serialize(state, about))
 
     def append(self, result: Mapping[str, object]) -> None:
         """Add a line to results.jsonl; it is on the disk when this returns."""
@@ -245,9 +241,21 @@ class Run:
                 item.setLevel(level)
             handler.close()
 
-    def write(self, name: str, content: bytes) -> Path:
-        """Write a file of the run, whole or not at all, and return its path."""
-        return self._write(name, content)
+    def write(self, name: Path | str, content: bytes) -> Path:
+        """Write a file of the run, whole or not at all, and return its path.
+
+        Args:
+            name: the file's, in the run folder.
+            content: of the file.
+
+        Raises:
+            RunError: if it would not be in the run folder.
+        """
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise RunError(f"{path} is not in the run folder {self.path}: nothing is written elsewhere")
+        write_whole(path, content)
+        return path
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the object in a JSON file of the run.
@@ -270,13 +278,6 @@ class Run:
         folder = self.path / "updates" / f"seed-{seed}" / f"round-{server_round}"
         return folder / f"client-{partition_id:05}.safetensors"
 
-    def _write(self, name: Path | str, content: bytes) -> Path:
-        path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise RunError(f"{path} is not in the run folder {self.path}: nothing is written elsewhere")
-        write_whole(path, content)
-        return path
-
 
 def _require_empty(path: Path) -> None:
     # a lock and half a file are what a killed process leaves behind
@@ -284,18 +285,6 @@ def _require_empty(path: Path) -> None:
         raise RunError(
             f"the run folder {path} is not empty: give another --out, or --resume to go on with the run in it"
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in VERSIONED:
-        loaded = getattr(sys.modules.get(name), "__version__", None)  # tells torch's builds apart
-        try:
-            found[name] = str(loaded or metadata.version(name))
-        except metadata.PackageNotFoundError:  # the app's bundle runs without an installed fedmerge
-            found[name] = "unknown"
-    return found | {"threads": str(torch.get_num_threads())}
 
 
 def file_name(method: str) -> str:

@@ -13,7 +13,7 @@ from fedmerge.client import train_client
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
 from fedmerge.federation import Federation
-from fedmerge.runs import versions
+from fedmerge.machine import versions
 from fedmerge.settings import ConfigurationError
 from fedmerge.sitedata import ImageFormat, federation_of, read
 from fedmerge.tables import clean, size

@@ -15,8 +15,9 @@ import torch
 
 from fedmerge.config import Config
 from fedmerge.errors import FedmergeError
+from fedmerge.machine import versions
 from fedmerge.problem import Update
-from fedmerge.runs import Result, Run, RunError, file_name, versions
+from fedmerge.runs import Result, Run, RunError, file_name
 from fedmerge.state import read_checkpoint
 
 HOLDER = """
@@ -201,13 +202,13 @@ def test_statistics_are_stored_beside_the_update_and_before_it(run: Run, monkeyp
     statistics = {"fisher": {"w": torch.rand(2, 3)}, "gram": {"w": torch.eye(3)}}
     sent = replace(update(2), statistics=statistics)
     written: list[str] = []
-    write = Run._write
+    write = Run.write
 
     def noted(self: Run, name: Path | str, content: bytes) -> Path:
         written.append(Path(name).parent.name)
         return write(self, name, content)
 
-    monkeypatch.setattr(Run, "_write", noted)
+    monkeypatch.setattr(Run, "write", noted)
     run.save_update(0, 1, sent)
     assert written == ["fisher", "gram", "round-1"]
     run.save_update(0, 1, update(1))
