@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import platform
 import sys
@@ -15,14 +13,12 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
+from fedmerge.memory import hold_memory
 from fedmerge.settings import ConfigurationError
 
 WORKSPACE = ":4096:8"
 """cuBLAS's scratch memory, fixed in size, without which its products are not the same again."""
-MAPPED, HELD = 1 << 25, 1 << 27
-"""Bytes from which a block is mapped alone (the most that glibc comes to by itself), and of freed memory to hold."""
 VERSIONED = ("fedmerge", "torch", "torchvision", "flwr", "ray", "numpy", "scipy")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def num_cores() -> int:
@@ -87,20 +83,6 @@ def reproducible(threads: int = 1) -> Iterator[None]:
     hold_memory()
     with num_threads(threads), _deterministic() if torch.cuda.is_available() else nullcontext():
         yield
-
-
-@functools.cache
-def hold_memory() -> None:
-    """Let this process keep freed memory, `HELD` at most, for what it allocates next.
-
-    glibc gives it back where more than a batch's activations become free, and gets it again, page by page, for the next
-    batch: without it, passes of a ResNet-20 over batches of 128 images take a fifth less time. Of other C libraries
-    nothing is asked. It stays so until the process ends.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, MAPPED)
-        mallopt(M_TRIM_THRESHOLD, HELD)
 
 
 @contextmanager

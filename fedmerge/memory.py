@@ -7,6 +7,9 @@ Linux), nothing is measured or refused.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import platform
 import threading
 from pathlib import Path
 
@@ -20,6 +23,10 @@ GROUP = Path("/sys/fs/cgroup")
 INTERVAL = 0.02
 """Seconds between two measurements."""
 
+MAPPED, HELD = 1 << 25, 1 << 27
+"""Bytes from which a block is mapped alone (the most that glibc comes to by itself), and of freed memory to hold."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 CPU = torch.device("cpu")
 ADVICE = (
     "give --low-memory, which keeps in files what is only read, or merge on a larger machine; where a GPU is too "
@@ -29,6 +36,23 @@ ADVICE = (
 
 class TooLarge(FedmergeError, RuntimeError):
     """A merge that needs more memory than there is."""
+
+
+@functools.cache
+def hold_memory() -> None:
+    """Let this process keep freed memory, `HELD` at most, for what it allocates next.
+
+    glibc gives it back where more than a batch's activations become free, and gets it again, page by page, for the next
+    batch: without it, passes of a ResNet-20 over batches of 128 images take a fifth less time. Of other C libraries
+    nothing is asked. It stays so until the process ends.
+    """
+    if library := _glibc():
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        library.mallopt(M_TRIM_THRESHOLD, HELD)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def anonymous() -> int | None:
@@ -77,6 +101,8 @@ def require(needed: int, purpose: str, advice: str, device: torch.device = CPU) 
 class Peak:
     """The growth of memory inside a block, at its highest: a GPU's tensors, or this process's anonymous memory.
 
+    What was freed before the block, and is still held, is given back first: what is in use counts.
+
     Args:
         device: whose memory.
 
@@ -93,6 +119,8 @@ class Peak:
     def __enter__(self) -> Peak:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        elif library := _glibc():
+            library.malloc_trim(0)
         self._before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else anonymous()
         if self._before is not None and self._device.type != "cuda":
             self.bytes = 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 from contextlib import suppress
 
 import pytest
@@ -52,28 +49,3 @@ def test_of_the_cores_those_count_that_the_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert num_cores() == len(before)
-
-
-FAULTS = """
-import resource, sys
-import torch
-from fedmerge.machine import hold_memory
-if sys.argv[1] == "held":
-    hold_memory()
-def some():  # as a batch's activations: 80 MB
-    parts = [torch.ones(2_000_000) for _ in range(10)]
-some(), some()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    some()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
-def test_held_memory_is_used_again_without_asking_the_system_for_it() -> None:
-    faults = {
-        way: int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True).stdout)
-        for way in ("held", "given back")
-    }
-    assert 10 * faults["held"] < faults["given back"]
