@@ -17,7 +17,7 @@ from fedmerge.merge.pool import Pool, pool_of
 from fedmerge.merge.probing import WANTS_UNITS, last_layers, listening, probed
 from fedmerge.merge.propagation import FEWEST
 from fedmerge.merge.stacking import Stacker, stack, uninformed
-from fedmerge.problem import Problem, Update
+from fedmerge.problem import UNKNOWN, Examples, Problem, Update
 from fedmerge.train import log_probabilities
 
 
@@ -207,3 +207,13 @@ def test_where_the_units_cannot_be_heard_the_opinions_teach(kind: type[nn.Sequen
 
 def test_where_memory_is_short_the_opinions_teach() -> None:
     assert probed(replace(problem_of("mlp@0.1"), low_memory=True), trained("mlp@0.1"), 1.0) is None
+
+
+@pytest.mark.parametrize(("size", "known", "alone"), [(49, 49, True), (50, 50, False), (60, 49, False)])
+def test_of_few_labelled_images_and_no_other_the_labels_alone_are_learned(size: int, known: int, alone: bool) -> None:
+    problem = problem_of("mlp@0.1", size)
+    labels = problem.data.labels.where(torch.arange(size) < known, UNKNOWN)
+    server = problem.restricted(Examples(problem.data.images, labels))
+    mixed = Objective(targets="mixed").teach(server, trained("mlp@0.1"))
+    assert (mixed is Objective().teach(server, trained("mlp@0.1"))) is alone
+    assert mixed.taught is not alone

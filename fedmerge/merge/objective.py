@@ -41,8 +41,9 @@ class Objective:
 
     Attributes:
         targets: "labels", or a teacher's: "soft" (its probabilities), "sharpened" (p^(1/temperature), normalised),
-            "hard" (its most probable class); or of both: "mixed" (labels and soft targets, where the class is known)
-            and "completed" (the class where it is known, the teacher's class elsewhere).
+            "hard" (its most probable class); or of both: "mixed" (labels and soft targets, where the class is known;
+            of fewer than 50 images of known classes and no other, the labels) and "completed" (the class where it is
+            known, the teacher's class elsewhere).
         teacher: how the clients' predictions are combined, one of `fedmerge.merge.teacher.TEACHERS`.
         temperature: of sharpened targets, greater than 0; below 1 they are sharper than the teacher.
         smoothing: examples added to each of the clients' label counts, at least 0.
@@ -128,8 +129,8 @@ class Objective:
             )
         if self.targets == "labels":
             return self.seen(problem)
-        if self.targets == "completed" and data.labelled:
-            return problem
+        if data.labelled and (self.targets == "completed" or (self.targets == "mixed" and not problem.may_choose)):
+            return problem  # there is nothing left to tell, or too little for a teacher to tell anything of use
         semi = self.targets in ("mixed", "completed") and bool(known.any())
         pool = probed(problem, updates, self.smoothing) if semi and self.teacher == PROPAGATED else None
         pool = pool or pool_of(self.teacher, problem, updates, self.smoothing, use_labels=semi)
