@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from _measure import Row, main
 
+from fedmerge.machine import reproducible
 from fedmerge.memory import Peak, anonymous
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
@@ -87,13 +88,12 @@ def _merge(folder: Path, name: str, merge: str) -> None:
     """Merge the models of a folder, and print what it took as JSON."""
     method, _, low = merge.partition(" ")
     align, merge = method.split("+") if "+" in method else ("identity", method)
-    torch.set_num_threads(1)
     model = create(name, shape=SHAPE, num_classes=10, seed=0)
     chance = torch.Generator().manual_seed(0)
     data = Examples(torch.randn(500, *SHAPE, generator=chance), torch.arange(500) % 10)
     updates = [read_update(path) for path in sorted(folder.iterdir())]
     before = anonymous() or 0
-    with Peak() as peak:
+    with reproducible(), Peak() as peak:  # as our programs compute
         problem = Problem(model, data, low_memory=low == LOW)
         outcome = merge_updates(problem, updates, align=align, merge=merge, seed=0, screen="off")
     growth = peak.bytes or 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -101,7 +103,8 @@ class Sums:
             self.shifts[index] = features.mean(0)
         total, product = torch.zeros_like(self.shifts[index]), self._latest(index, index)
         compared = {other: self._latest(min(index, other), max(index, other)) for other in others}
-        summed = _compiled_sums if native.function(SOURCE, "add", features) else _sums
+        call = native.function(SOURCE, "add", features)
+        summed = partial(_compiled_sums, call) if call else _sums
         summed(index, {**others, index: features}, self.shifts, total, product, compared)
         self.counts[index] = self.counts.get(index, 0) + len(features)
         self.first[index] = self.first.get(index, 0.0) + total.double()
@@ -177,6 +180,7 @@ def _sums(
 
 
 def _compiled_sums(
+    call: Callable[..., Any],
     index: int,
     features: Mapping[int, Tensor],
     shifts: Mapping[int, Tensor],
@@ -184,9 +188,7 @@ def _compiled_sums(
     product: Tensor,
     compared: Mapping[int, Tensor],
 ) -> None:
-    """Do as `_sums`, in C++: samples are read once, for the model's own products and those with one other."""
-    call = native.function(SOURCE, "add", features[index])
-    assert call is not None
+    """Do as `_sums` by the C++'s `add`: samples are read once for the model's own products and those with one other."""
     rows = {one: part.contiguous() for one, part in features.items()}
     sizes = [ctypes.c_int64(size) for size in (*features[index].shape, torch.get_num_threads())]
     own: tuple[Tensor | None, Tensor | None] = total, product
