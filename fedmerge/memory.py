@@ -43,8 +43,7 @@ def hold_memory() -> None:
     """Let this process keep freed memory, `HELD` at most, for what it allocates next.
 
     glibc gives it back where more than a batch's activations become free, and gets it again, page by page, for the next
-    batch: so held, passes of a ResNet-20 over batches of 128 images take a fifth less time. Of other C libraries
-    nothing is asked. It stays so until the process ends.
+    batch. Of other C libraries nothing is asked. It stays so until the process ends.
     """
     if library := _glibc():
         library.mallopt(M_MMAP_THRESHOLD, MAPPED)
