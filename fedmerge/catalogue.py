@@ -210,6 +210,9 @@ MERGERS: Mapping[str, Entry] = {
 SCREENS = ("auto", "off")
 """Whether clients whose models are of no use are left out (`fedmerge.screening`)."""
 
+AUGMENTATIONS = ("none", "shifts", "flips", "both")
+"""What may be done to the images of a step, the clients' or the server's (`fedmerge.augment`)."""
+
 METHODS = (
     *("fedavg", "mean", "best-client", "ensemble", "server-only", "finetune", "best-client-finetune"),
     *("activations+mean", "activations+finetune", "np", "activations+np-pairwise", "activations+np"),

@@ -61,6 +61,10 @@ class Config:
     warmup: float = _option(0.1, "share of the clients' steps in which the learning rate first rises, in [0, 1)")
     momentum: float = _option(0.9, "the clients' momentum, in [0, 1)")
     weight_decay: float = _option(0.0, "the clients' weight decay")
+    augment: str = _option(
+        "none",
+        "the clients' images are in each step moved by pixels ('shifts'), mirrored left to right ('flips'), or 'both'",
+    )
     proximal_mu: float = _option(0.0, "FedProx: pull of the clients' weights toward the round's start, at least 0")
     dp_clip: float = _option(0.0, "differential privacy (DP-SGD): most norm of an image's gradient; 0: no privacy")
     dp_noise: float = _option(0.0, "differential privacy: the noise's standard deviation, in units of --dp-clip")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fedmerge.catalogue import SCREENS, STATISTICS
+from fedmerge.catalogue import AUGMENTATIONS, SCREENS, STATISTICS
 from fedmerge.devices import parse_devices
 from fedmerge.settings import ConfigurationError, flag, known
 
@@ -25,6 +25,7 @@ def check(config: Config) -> None:
         ("split", SPLITS),
         ("upload_dtype", UPLOAD_DTYPES),
         ("lr_schedule", SCHEDULES),
+        ("augment", AUGMENTATIONS),
         ("screen", SCREENS),
     ):
         known(flag(name), getattr(config, name), allowed)

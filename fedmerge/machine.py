@@ -47,14 +47,13 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigurationError: if it is none of these, or CUDA is asked for where there is none.
     """
-    available = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigurationError(f"--device must be cpu, cuda, cuda:N or auto, got '{name}'") from error
-    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigurationError(f"--device {name}: this process sees {torch.cuda.device_count()} CUDA devices")
     return device
 

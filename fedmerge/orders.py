@@ -110,6 +110,7 @@ class Order:
             proximal_mu=config.proximal_mu,
             schedule=config.lr_schedule,
             warmup=config.warmup,
+            augment=config.augment,
         )
 
     def chance(self, purpose: str, server_round: int | None = None) -> torch.Generator:

@@ -27,6 +27,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge.augment import augmented
 from fedmerge.metrics import EPSILON, PRIVACY
 from fedmerge.problem import Examples, Update
 from fedmerge.seeds import default_generator, fork
@@ -85,7 +86,7 @@ def fit_privately(
         recipe: the hyper-parameters; an epoch has as many steps as without privacy.
         clip: most norm of an image's gradient, greater than 0.
         noise: standard deviation of the noise, in units of `clip`; 0: no privacy.
-        generator: decides batches, noise and dropout; who knows its seed can take the noise away.
+        generator: decides batches, noise, dropout and augmentation; who knows its seed can take the noise away.
         moving: names of the tensors that are trained; None: all.
         most_numbers: of the gradients of single images that are in memory at once.
 
@@ -108,6 +109,7 @@ def fit_privately(
     optimizer, schedule = _sgd(trained.values(), recipe, steps)
     device = examples.images.device
     with default_generator(fork(generator), device):
+        chance = generator if recipe.augment == "none" else torch.Generator().manual_seed(fork(generator))
         private = DPOptimizer(
             optimizer,
             noise_multiplier=noise,
@@ -125,11 +127,13 @@ def fit_privately(
         for batch in UniformWithReplacementSampler(
             num_samples=len(examples), sample_rate=rate, generator=generator, steps=steps
         ):
-            parts = torch.split(torch.tensor(batch, dtype=torch.long, device=device), size)
+            index = torch.tensor(batch, dtype=torch.long, device=device)
+            images = augmented(examples.images[index], recipe.augment, chance)
+            parts = list(zip(torch.split(images, size), torch.split(examples.labels[index], size), strict=True))
             weights = {name: parameter.detach() for name, parameter in trained.items()}
             for number, part in enumerate(parts):
                 private.zero_grad()
-                found = gradients(weights, examples.images[part], examples.labels[part]) if len(part) else {}
+                found = gradients(weights, *part) if batch else {}
                 for name, parameter in trained.items():
                     parameter.grad_sample = found.get(name, parameter.new_zeros((0, *parameter.shape)))  # type: ignore[attr-defined]
                 private.signal_skip_step(number + 1 < len(parts))

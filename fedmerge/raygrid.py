@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import time
@@ -123,6 +124,7 @@ class RayGrid(Grid):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+            gc.unfreeze()
 
     def set_run(self, run: FlowerRun) -> None:
         """Set Flower's run."""
@@ -209,6 +211,7 @@ class RayGrid(Grid):
             raise RuntimeError("the simulation has no federation yet: call load first")
         if self._pool is None:
             self._pool = ActorPool(self._resources, self._config.clients)
+            gc.freeze()  # what is there, mostly modules: collections in the rounds would look at all of their objects
         if not self._loaded:
             self._pool.load(_target(Clients), _actor_settings(self._config), self._pool.share(self._examples))
             self._loaded = True

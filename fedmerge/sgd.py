@@ -30,6 +30,7 @@ class LocalTraining:
         schedule: how the learning rate decays to 0: "cosine" (half a period) or "linear".
         warmup: share of the steps, in [0, 1), in which the learning rate first rises linearly. Without it, 2 of the
             25 clients of a shared start in experiments/unlabelled.py collapsed (`--warmup 0`); with it, these did not.
+        augment: what is done to the images of a step (`fedmerge.augment`).
     """
 
     epochs: int = 10
@@ -40,6 +41,7 @@ class LocalTraining:
     proximal_mu: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.1
+    augment: str = "none"
 
 
 def share_of_rate(recipe: LocalTraining, step: int, steps: int) -> float:

@@ -94,7 +94,7 @@ def _train(group: Sequence[tuple[Context, Order]]) -> list[RecordDict | Error]:
     config, examples = group[0][1].config, group[0][1].examples
     device = choose_device(config.device)
     with reproducible(), workspace(config, examples) as model:
-        plain = not (config.dp_clip or config.anchor or group[0][1].layers)
+        plain = not (config.dp_clip or config.anchor or group[0][1].layers) and config.augment == "none"
         if plain and stackable(model, convolutions=device.type == "cuda"):
             return _train_stacked(model, device, group)
     return [attempt(context, _alone, order) for context, order in group]

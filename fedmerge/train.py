@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedmerge import parts
+from fedmerge.augment import augmented
 from fedmerge.chain import chain_for
 from fedmerge.examples import taken
 from fedmerge.problem import UNKNOWN, Combination, Examples, Problem, Update
@@ -68,7 +69,7 @@ def fit(
         state: the weights to start from.
         examples: at least one, on the model's device.
         recipe: the hyper-parameters.
-        generator: decides the order of the examples, and dropout.
+        generator: decides the order of the examples, dropout and the augmentation.
         moving: names of the tensors that are trained; the others stay, BatchNorm statistics included. None: all.
 
     Returns:
@@ -90,7 +91,7 @@ def fit(
     replay = replay_of(model, device)
     forward = parts.once(reordered, model)
     chain = chain_for(model, examples.images) if moving is None else None
-    weights = {} if chain is None else dict(model.named_parameters())
+    weights = {} if chain is None else parts.once(_named_parameters, model)
 
     def gradients(images: Tensor, labels: Tensor) -> Sequence[Tensor | None]:
         if chain is not None:
@@ -101,16 +102,22 @@ def fit(
 
     mean_loss = math.nan
     with default_generator(fork(generator), device):
+        chance = generator if recipe.augment == "none" else torch.Generator().manual_seed(fork(generator))
         for _ in range(recipe.epochs):
             total = torch.zeros((), device=device)
             for index in batches(len(examples), recipe.batch_size, generator, device):
-                loss, *found = replay(gradients, taken(examples.images, index), taken(examples.labels, index))
+                images = augmented(taken(examples.images, index), recipe.augment, chance)
+                loss, *found = replay(gradients, images, taken(examples.labels, index))
                 descent.step(found)
                 total += loss * len(index)  # type: ignore[operator]
             mean_loss = float(total) / len(examples)
             if not math.isfinite(mean_loss):
                 raise diverged(mean_loss, recipe)
     return parts.copied(model), mean_loss
+
+
+def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
 
 
 def freeze(model: nn.Module, moving: Collection[str]) -> None:

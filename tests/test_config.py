@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.catalogue import SCREENS
+from fedmerge.catalogue import AUGMENTATIONS, SCREENS
 from fedmerge.config import Config, read_toml
 from fedmerge.configcheck import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES
 from fedmerge.errors import FedmergeError
@@ -28,6 +28,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "split": st.sampled_from(SPLITS),
     "upload_dtype": st.sampled_from(UPLOAD_DTYPES),
     "lr_schedule": st.sampled_from(SCHEDULES),
+    "augment": st.sampled_from(AUGMENTATIONS),
     "warmup": st.floats(0, 1, exclude_max=True),
     "client_statistics": st.sampled_from(["", "fisher", "gram", "fisher/gram"]),
     "local_epochs": COUNTS.map(str) | st.tuples(COUNTS, COUNTS).map(lambda pair: f"{min(pair)}..{max(pair)}"),
@@ -117,6 +118,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "batch_size": (0,),
     "lr": (0.0, -0.1, math.inf, math.nan),
     "lr_schedule": ("step", ""),
+    "augment": ("cutout", ""),
     "warmup": (-0.1, 1.0, math.nan),
     "momentum": (1.0, -0.1, math.nan),
     "weight_decay": (-0.1, math.inf, math.nan),

@@ -10,7 +10,6 @@ from problems import SHAPE, blobs, problem_of, same, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedmerge.merge.augment import augmented
 from fedmerge.merge.average import Average, mean_state
 from fedmerge.merge.heads import best_scale, find_head, head_rows, scaled_logits
 from fedmerge.merge.teacher import class_weights
@@ -162,43 +161,3 @@ def test_a_temperature_is_set_on_a_problem_with_batch_norm_after_its_statistics(
     calibrated = Average()(problem, updates, generator=stream())
     assert torch.equal(found.state["1.running_mean"], calibrated.state["1.running_mean"])
     assert found.diagnostics["temperature"] > 0
-
-
-# Augmentation.
-
-
-def test_shifts_move_an_image_by_whole_pixels_and_repeat_its_border() -> None:
-    image = torch.zeros(1, 2, 28, 28)
-    image[0, :, 14, 14] = 1
-    found = augmented(image.expand(400, -1, -1, -1), "shifts", stream())
-    places = found[:, 0].flatten(1).argmax(1)
-    offsets = {(int(place) // 28 - 14, int(place) % 28 - 14) for place in places}
-    assert offsets == {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)}
-    assert torch.equal(found[:, 0], found[:, 1])
-    constant = torch.full((5, 1, 8, 8), 3.0)
-    assert torch.equal(augmented(constant, "both", stream()), constant)
-
-
-def test_flips_mirror_about_half_of_the_images_left_to_right() -> None:
-    image = torch.arange(12.0).reshape(1, 1, 3, 4)
-    found = augmented(image.expand(200, -1, -1, -1), "flips", stream())
-    mirrored = (found == image.flip(3)).flatten(1).all(1)
-    assert ((found == image).flatten(1).all(1) ^ mirrored).all()
-    assert 60 < int(mirrored.sum()) < 140
-
-
-def test_augmentation_depends_on_its_generator_alone_and_leaves_images_as_they_are() -> None:
-    images = blobs(20, seed=3).images
-    before = images.clone()
-    torch.manual_seed(1)
-    first = augmented(images, "both", stream())
-    torch.manual_seed(2)
-    assert torch.equal(first, augmented(images, "both", stream()))
-    assert not torch.equal(first, images)
-    assert torch.equal(images, before)
-    assert augmented(images, "none", stream()) is images
-
-
-def test_what_is_no_image_cannot_be_shifted() -> None:
-    with pytest.raises(ValueError, match=r"augment=shifts needs images .* got 2 axes"):
-        augmented(torch.zeros(3, 5), "shifts", stream())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import hiding, problem_of, trained
 
-from fedmerge.merge.augment import mixtures
+from fedmerge.augment import mixtures
 from fedmerge.merge.nonuniform import NPMerge
 from fedmerge.merge.objective import Objective
 from fedmerge.merge.pool import pool_of

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmerge import federation, models
+from fedmerge.augment import augmented
 from fedmerge.cli import main
 from fedmerge.client import client_app, train_client
 from fedmerge.compare import Bench
@@ -103,15 +104,18 @@ def loop(
     model, state, examples = case
     model.load_state_dict(state)
     chance = stream()
-    fork(chance), fork(chance)
+    fork(chance)
+    changing = chance if recipe.augment == "none" else torch.Generator().manual_seed(fork(chance))
+    fork(chance)
     rate, steps = sampling(len(examples), recipe)
     velocity = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
     batches = UniformWithReplacementSampler(num_samples=len(examples), sample_rate=rate, generator=chance, steps=steps)
     for step, batch in enumerate(batches):
         total = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
-        for index in batch:
+        images = augmented(examples.images[batch], recipe.augment, changing)
+        for place, index in enumerate(batch):
             model.zero_grad()
-            functional.cross_entropy(model(examples.images[[index]]), examples.labels[[index]]).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(model(images[[place]]), examples.labels[[index]]).backward()  # type: ignore[no-untyped-call]
             trained = {
                 name: parameter.grad
                 for name, parameter in model.named_parameters()
@@ -166,6 +170,13 @@ def test_without_noise_and_limit_it_is_sgd_on_the_same_batches(convolutional: bo
 def test_the_gradient_of_each_image_is_clipped_as_in_a_loop_over_images(convolutional: bool, clip: float) -> None:
     case = problem(convolutional)
     assert close(private(case, clip=clip), loop(case, RECIPE, clip))
+
+
+def test_images_are_augmented_before_their_gradients_are_clipped() -> None:
+    case, recipe = problem(convolutional=True), replace(RECIPE, augment="both")
+    assert close(private(case, recipe=recipe, clip=0.3), loop(case, recipe, 0.3))
+    assert close(private(case, recipe=recipe, most_numbers=1), private(case, recipe=recipe, most_numbers=10**9))
+    assert not close(private(case, recipe=recipe, clip=0.3), private(case, clip=0.3))
 
 
 def test_the_learning_rate_follows_the_schedule_that_was_asked_for() -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -160,6 +162,31 @@ def test_actors_go_on_with_another_federation(ray: Any, tmp_path: Path) -> None:
             assert_trained(train_clients(seeded, run, grid=grid), seeded)
         assert grid._pool is not None
         assert len(grid._pool._actors) == 1
+
+
+class Collected:
+    """Tells how many objects the actor's collections overlook, and how many objects of this class there are."""
+
+    made: ClassVar = weakref.WeakSet["Collected"]()
+
+    def __init__(self, _: object) -> None:
+        self.myself = self  # a cycle: a collection alone can find it
+        self.made.add(self)
+
+    def answer(self, _: str) -> tuple[int, int]:
+        gc.collect()
+        return gc.get_freeze_count(), len(self.made)
+
+
+def test_collections_overlook_the_modules_while_there_are_actors_and_find_what_was_made_since(ray: Any) -> None:  # noqa: ARG001
+    with simulation.simulation(CONFIG.replace(client_cpus=4.0), federation.load(CONFIG)) as grid:
+        for _ in range(3):
+            [(_, told)] = grid.map(Collected, (), ["count"])
+            assert isinstance(told, tuple)
+            assert told[0] > 10_000
+            assert told[1] == 1
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from fedmerge.augment import augmented
 from fedmerge.calibrate import calibrate
 from fedmerge.merge.adam import Adam
-from fedmerge.merge.augment import augmented
 from fedmerge.merge.coordinates import Coordinates, Weights
 from fedmerge.merge.mixture import Mixture
 from fedmerge.problem import Examples, Problem
@@ -56,7 +56,7 @@ class Schedule:
         default_steps: steps where nothing can be chosen.
         decay: pull of the coordinates toward 0, as a share of the learning rate (AdamW's weight decay).
         average: look at the mean of the coordinates over the steps since the last look, not at where they are.
-        augment: what is done to the images of a step (`fedmerge.merge.augment`).
+        augment: what is done to the images of a step (`fedmerge.augment`).
         entropy: descend the entropy of the predictions; labels and targets are not read.
     """
 

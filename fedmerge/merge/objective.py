@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge.merge.augment import AUGMENTATIONS, mixtures
+from fedmerge.augment import mixtures
+from fedmerge.catalogue import AUGMENTATIONS
 from fedmerge.merge.pool import Combine, needs_of, pool_of
 from fedmerge.merge.probing import probed
 from fedmerge.merge.teacher import PROPAGATED, SMOOTHING, TEACHERS, check_smoothing

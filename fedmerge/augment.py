@@ -1,11 +1,10 @@
-"""Augmentation of the server's images: shifted and mirrored copies in place of the images themselves."""
+"""Augmentation: shifted and mirrored copies of images in place of the images themselves."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-AUGMENTATIONS = ("none", "shifts", "flips", "both")
 SHIFT_SHARE = 1 / 14
 """The longest shift, as a share of the image's side: two pixels of 28."""
 
@@ -13,11 +12,11 @@ SHIFT_SHARE = 1 / 14
 def augmented(images: Tensor, augment: str, generator: torch.Generator) -> Tensor:
     """Return the images, each shifted by whole pixels or mirrored left to right by chance.
 
-    What a shift uncovers repeats the image's border.
+    What a shift uncovers repeats the image's border. The memory layout stays.
 
     Args:
         images: (examples, channels, height, width).
-        augment: one of `AUGMENTATIONS`.
+        augment: one of `fedmerge.catalogue.AUGMENTATIONS`.
         generator: decides the shifts and the mirrored images.
 
     Raises:
@@ -36,6 +35,9 @@ def augmented(images: Tensor, augment: str, generator: torch.Generator) -> Tenso
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
+    if images.stride(1) == 1:  # channels last: a pixel moves with all its channels
+        which = torch.arange(count, device=images.device)[:, None, None]
+        return images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     vertically = images.gather(2, rows[:, None, :, None].expand_as(images))
     return vertically.gather(3, columns[:, None, None, :].expand_as(images))
 
