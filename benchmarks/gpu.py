@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmerge.batched import Training, fit_many, stackable
+from fedmerge.examples import Part
 from fedmerge.merge import kernels
 from fedmerge.models import create
 from fedmerge.oneshot import merge_updates
@@ -130,7 +131,7 @@ def training(quick: bool) -> list[Row]:
         data = Examples(torch.randn(EXAMPLES, *shape, generator=chance), torch.arange(EXAMPLES) % 10).to(DEVICE)
 
         def client(number: int, start: Mapping[str, torch.Tensor] = start, data: Examples = data) -> Training:
-            return Training(start, data, recipe, generator(0, "client", number))
+            return Training(start, Part.of_all(data), recipe, generator(0, "client", number))
 
         variants: dict[str, Callable[[], object]] = {
             "plain loop": plain(model, data, recipe),

@@ -18,8 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge.chain import ELEMENTWISE, chain_for, chain_of, flattens
-from fedmerge.examples import taken
-from fedmerge.problem import Examples
+from fedmerge.examples import Examples, Part, taken
 from fedmerge.seeds import fork
 from fedmerge.sgd import Diverged, LocalTraining, batches, diverged, share_of_rate
 from fedmerge.state import StateDict
@@ -37,13 +36,13 @@ class Training:
 
     Attributes:
         start: the weights to start from.
-        examples: at least one, on the model's device.
+        part: of the examples on the model's device, at least one of them.
         recipe: all of a group have the same but for the epochs.
         generator: decides the order of the examples.
     """
 
     start: StateDict
-    examples: Examples
+    part: Part
     recipe: LocalTraining
     generator: torch.Generator
 
@@ -77,12 +76,12 @@ def fit_many(model: nn.Module, trainings: Sequence[Training]) -> list[dict[str, 
     Raises:
         ValueError: if a client has no examples.
     """
-    if any(len(training.examples) == 0 for training in trainings):
+    if any(len(training.part) == 0 for training in trainings):
         raise ValueError("there are no examples to train on")
     plans = [_plan(training) for training in trainings]
     order = sorted(range(len(trainings)), key=lambda place: -len(plans[place]))
     found: dict[int, dict[str, Tensor] | Diverged] = {}
-    size = _stack_size(model, trainings[0].examples.images.device)
+    size = _stack_size(model, trainings[0].part.whole.images.device)
     for first in range(0, len(order), size):
         places = order[first : first + size]
         group = _Group(model, [trainings[place] for place in places], [plans[place] for place in places])
@@ -101,7 +100,9 @@ class _Group:
 
     def __init__(self, model: nn.Module, trainings: Sequence[Training], plans: Sequence[list[Tensor]]) -> None:
         self._trainings, self._recipe = trainings, trainings[0].recipe
-        self._model, self._chain = model, chain_for(model, trainings[0].examples.images)
+        examples, origins = _shared([training.part for training in trainings])
+        self._images, self._labels = examples.images, examples.labels
+        self._model, self._chain = model, chain_for(model, self._images)
         stored = model.state_dict()
         names = [name for name, _ in model.named_parameters()]
         to = {name: stored[name] for name in names}
@@ -113,9 +114,7 @@ class _Group:
         )
         self._velocity = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
         self._steps = [len(plan) for plan in plans]
-        self._images = torch.cat([training.examples.images for training in trainings])
-        self._labels = torch.cat([training.examples.labels for training in trainings])
-        self._index, self._shares = _table(trainings, plans, self._images.device)
+        self._index, self._shares = _table(origins, plans, self._images.device)
         self._totals = torch.zeros(len(trainings), device=self._images.device)
 
     def run(self) -> list[dict[str, Tensor] | Diverged]:
@@ -189,21 +188,33 @@ def _stack_size(model: nn.Module, device: torch.device) -> int:
 def _plan(training: Training) -> list[Tensor]:
     """Return the batches of all epochs, as `fedmerge.train.fit` draws them."""
     fork(training.generator)  # dropout's seed, which such models have no use for
-    size, recipe = len(training.examples), training.recipe
+    size, recipe = len(training.part), training.recipe
     return [batch for _ in range(recipe.epochs) for batch in batches(size, recipe.batch_size, training.generator)]
 
 
-def _table(trainings: Sequence[Training], plans: Sequence[list[Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the examples of each member's steps (members, steps, batch), counted through all, and their shares."""
+def _shared(parts: Sequence[Part]) -> tuple[Examples, Sequence[Tensor]]:
+    """Return examples that all parts are of, and where in them each part's are."""
+    if all(part.whole is parts[0].whole for part in parts):
+        return parts[0].whole, [part.index for part in parts]
+    copies = [part.copied() for part in parts]
+    together = Examples(torch.cat([own.images for own in copies]), torch.cat([own.labels for own in copies]))
+    return together, torch.split(torch.arange(len(together)), [len(own) for own in copies])
+
+
+def _table(origins: Sequence[Tensor], plans: Sequence[list[Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the examples of each member's steps (members, steps, batch), and their shares.
+
+    Args:
+        origins: where each member's examples are.
+        plans: each member's batches.
+        device: of the examples.
+    """
     widest = max(len(batch) for plan in plans for batch in plan)
     index = torch.zeros(len(plans), len(plans[0]), widest, dtype=torch.long)
     shares = torch.zeros(index.shape, dtype=torch.float64)
-    first = 0
-    for place, (training, plan) in enumerate(zip(trainings, plans, strict=True)):
+    for place, (origin, plan) in enumerate(zip(origins, plans, strict=True)):
         batches = pad_sequence(plan, batch_first=True)
         sizes = torch.tensor([[len(batch)] for batch in plan])
-        index[place, : len(plan), : batches.shape[1]] = batches
+        index[place, : len(plan), : batches.shape[1]] = origin[batches]
         shares[place, : len(plan)] = (torch.arange(widest) < sizes).double() / sizes
-        index[place] += first
-        first += len(training.examples)
     return index.to(device), shares.to(device)

@@ -137,7 +137,7 @@ def train_order(order: Order) -> Update:
     began = time.perf_counter()
     start, recipe, restarts = order.start, order.recipe, 0
     with reproducible(), workspace(order.config, order.examples) as model:
-        data = laid_out(model, order.own.to(choose_device(order.config.device)), recipe.batch_size)
+        data = laid_out(model, order.part(choose_device(order.config.device)).copied(), recipe.batch_size)
         if order.config.dp_clip:
             privacy.check_model(order.config.model, model)
             state = privacy.fit_privately(
@@ -154,7 +154,7 @@ def train_order(order: Order) -> Update:
             state, restarts = _trained(order, model, data)
         if order.anchor is not None:
             state = anchored(model, state, order.anchor, data.images[:2], generator=order.chance("anchor"))
-        return order.update(model, state, data, time.perf_counter() - began, restarts=restarts)
+        return order.update(model, state, lambda: data, time.perf_counter() - began, restarts=restarts)
 
 
 def _trained(order: Order, model: nn.Module, data: Examples) -> tuple[dict[str, Tensor], int]:
@@ -168,7 +168,9 @@ def _trained(order: Order, model: nn.Module, data: Examples) -> tuple[dict[str, 
 
 
 def _fitted(order: Order, model: nn.Module, data: Examples, halvings: int) -> dict[str, Tensor]:
-    recipe = replace(order.recipe, lr=order.recipe.lr / 2**halvings)
+    recipe = order.recipe
+    if halvings:
+        recipe = replace(recipe, lr=recipe.lr / 2**halvings)
     return fit(model, order.start, data, recipe, generator=order.chance("round"), moving=order.moving)[0]
 
 

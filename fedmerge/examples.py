@@ -84,6 +84,31 @@ class Examples:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of many examples, which are copied only where they are needed by themselves.
+
+    Attributes:
+        whole: all of them.
+        index: (examples,) which of them, on the CPU.
+    """
+
+    whole: Examples
+    index: Tensor
+
+    @classmethod
+    def of_all(cls, whole: Examples) -> Part:
+        """Return all examples as a part."""
+        return cls(whole, torch.arange(len(whole)))
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def copied(self) -> Examples:
+        """Return the examples by themselves."""
+        return self.whole[self.index.to(self.whole.labels.device)]
+
+
 def taken(tensor: Tensor, index: Tensor | slice) -> Tensor:
     """Return `tensor[index]`, by whole rows where they lie in one piece, which is several times faster.
 

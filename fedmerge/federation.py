@@ -18,6 +18,8 @@ from torch import Tensor
 from fedmerge import data
 from fedmerge.config import Config
 from fedmerge.data import Dataset
+from fedmerge.examples import Part
+from fedmerge.memory import available
 from fedmerge.partition import divide, stratified_order, stratified_sample
 from fedmerge.problem import UNKNOWN, Examples
 from fedmerge.seeds import generator
@@ -25,6 +27,9 @@ from fedmerge.settings import ConfigurationError
 
 DEVELOPMENT_SHARE = 1 / 6
 DEVELOPMENT_MOST = 10_000
+
+RESIDENT_SHARE = 1 / 8
+"""Of a device's free memory: what all training files may take there, beside those of other actors and the training."""
 
 RELEVANT = (
     "data",
@@ -101,9 +106,41 @@ class Federation:
         Raises:
             ValueError: if there is no such client.
         """
+        return self.dataset.train[self._indices_of(partition_id)]
+
+    def client_labels(self, partition_id: int) -> Tensor:
+        """Return the classes of a client's images, (images,)."""
+        return self.dataset.train.labels[self._indices_of(partition_id)]
+
+    def part(self, partition_id: int, device: torch.device) -> Part:
+        """Return a client's images on a device.
+
+        A device other than the CPU is sent all training files once, if they leave room there for others that do so,
+        and the client's alone otherwise.
+
+        Args:
+            partition_id: the client's number, from 0.
+            device: where they are wanted.
+        """
+        train, index = self.dataset.train, self._indices_of(partition_id)
+        if device.type == "cpu":
+            return Part(train, index)
+        if device not in self._resident:
+            room = available(device)
+            fits = room is None or train.images.nbytes <= RESIDENT_SHARE * room
+            self._resident[device] = train.to(device) if fits else None
+        resident = self._resident[device]
+        return Part.of_all(train[index].to(device)) if resident is None else Part(resident, index)
+
+    @cached_property
+    def _resident(self) -> dict[torch.device, Examples | None]:
+        """All training files, by the device; None where there is no room for them."""
+        return {}
+
+    def _indices_of(self, partition_id: int) -> Tensor:
         if not 0 <= partition_id < len(self.partition):
             raise ValueError(f"expected a partition id from 0 to {len(self.partition) - 1}, got {partition_id}")
-        return self.dataset.train[self.pool_indices[self.partition[partition_id]]]
+        return self.pool_indices[self.partition[partition_id]]
 
     def label_counts(self) -> list[list[int]]:
         """Return for each client its number of images of each class."""

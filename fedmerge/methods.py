@@ -35,7 +35,7 @@ def resolve(kind: str, text: str, entries: Mapping[str, Entry]) -> Any:
     entry = entries[name]
     module, _, attribute = entry.target.partition(":")
     algorithm = getattr(importlib.import_module(module), attribute)
-    types = get_type_hints(algorithm)
+    types = get_type_hints(algorithm) if settings else {}
     names = [item.name for item in dataclasses.fields(algorithm)]
     names.sort(key=lambda name: name not in vars(algorithm).get("__annotations__", {}))  # its own, then those inherited
     options = dict(entry.options)

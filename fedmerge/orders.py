@@ -6,7 +6,7 @@ In between lies the training itself: of one client (`fedmerge.client`), or of ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedmerge import models, privacy
 from fedmerge.config import Config
+from fedmerge.examples import Part
 from fedmerge.federation import Federation
 from fedmerge.machine import choose_device
 from fedmerge.metrics import COUNT_EPSILON, DELTA, EPSILON
@@ -55,9 +56,13 @@ class Order:
     secret: int | None = None
 
     @cached_property
-    def own(self) -> Examples:
-        """The client's images."""
-        return self.examples.client(self.partition_id)
+    def labels(self) -> Tensor:
+        """The classes of the client's images, on the CPU."""
+        return self.examples.client_labels(self.partition_id)
+
+    def part(self, device: torch.device) -> Part:
+        """Return the client's images on a device."""
+        return self.examples.part(self.partition_id, device)
 
     @cached_property
     def start(self) -> StateDict:
@@ -128,14 +133,20 @@ class Order:
         return generator(seed, "client", self.partition_id, purpose, self.server_round)
 
     def update(
-        self, model: nn.Module, state: Mapping[str, Tensor], data: Examples, seconds: float, *, restarts: int = 0
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        data: Callable[[], Examples],
+        seconds: float,
+        *,
+        restarts: int = 0,
     ) -> Update:
         """Return what the client answers, on the CPU.
 
         Args:
             model: the architecture, on the data's device.
             state: the trained weights.
-            data: the client's images, as it trained on them.
+            data: gives the client's images on the model's device, if something is to be told of them.
             seconds: that the training took.
             restarts: times that it started again at half the learning rate.
         """
@@ -144,19 +155,19 @@ class Order:
         if config.dp_noise:
             metrics |= self._privacy_spent()
         elif config.client_metrics:
-            metrics |= told_of(evaluate(model, [state], data))
+            metrics |= told_of(evaluate(model, [state], data()))
         statistics: dict[str, dict[str, Tensor]] = {}
         if config.statistics:
-            statistics = collect(config.statistics, model, state, data.images, generator=self.chance("statistics"))
+            statistics = collect(config.statistics, model, state, data().images, generator=self.chance("statistics"))
         state = {name: tensor.cpu() for name, tensor in state.items()}
-        counts = tuple(torch.bincount(self.own.labels, minlength=len(self.examples.classes)).tolist())
+        counts = tuple(torch.bincount(self.labels, minlength=len(self.examples.classes)).tolist())
         if config.label_counts and config.label_count_noise:
             chance = self.hidden_chance("label-counts")
             counts = privacy.noised_counts(counts, config.label_count_noise, generator=chance)
             metrics[COUNT_EPSILON] = self.server_round / config.label_count_noise  # drawn anew in each round
         return Update(
             state=state,
-            num_examples=len(self.own),
+            num_examples=len(self.labels),
             partition_id=self.partition_id,
             label_counts=counts if config.label_counts else None,
             metrics={**metrics, "seconds": seconds},
@@ -168,7 +179,7 @@ class Order:
 
     def _privacy_spent(self) -> dict[str, float]:
         """Return ε and δ of the client's models of all rounds so far, as if it had trained in each of them."""
-        config, size = self.config, len(self.own)
+        config, size = self.config, len(self.labels)
         planned = [privacy.sampling(size, self._recipe(number + 1)) for number in range(self.server_round)]
         rate, steps, delta = planned[0][0], sum(steps for _, steps in planned), config.dp_delta or 1 / size
         spent = privacy.epsilon(noise=config.dp_noise, rate=rate, steps=steps, delta=delta)

@@ -24,6 +24,7 @@ class _Parts:
     modules: tuple[nn.Module, ...]
     parameters: tuple[nn.Parameter, ...]
     tensors: dict[str, Tensor]
+    shapes: dict[str, torch.Size]
     found: dict[Callable[[nn.Module], Any], Any] = field(default_factory=dict)
 
 
@@ -37,7 +38,8 @@ def seal(model: nn.Module) -> None:
         model: no module, parameter or buffer of it is replaced from now on, or moved to other memory; its modules
             change mode and load tensors as torch's own do.
     """
-    _sealed[model] = _Parts(tuple(model.modules()), tuple(model.parameters()), dict(model.state_dict()))
+    tensors = dict(model.state_dict())
+    _sealed[model] = _Parts(tuple(model.modules()), tuple(model.parameters()), tensors, _shapes(tensors))
 
 
 def modules(model: nn.Module) -> Sequence[nn.Module]:
@@ -85,7 +87,7 @@ def load(model: nn.Module, state: StateDict) -> None:
         state: left as it is.
     """
     parts = _sealed.get(model)
-    if parts is None or _shapes(state) != _shapes(parts.tensors):
+    if parts is None or _shapes(state) != parts.shapes:
         model.load_state_dict(dict(state))
         return
     with torch.no_grad():

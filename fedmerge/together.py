@@ -104,12 +104,12 @@ def _train_stacked(
     model: nn.Module, device: torch.device, group: Sequence[tuple[Context, Order]]
 ) -> list[RecordDict | Error]:
     began = time.perf_counter()
-    data = [order.own.to(device) for _, order in group]
+    data = [order.part(device) for _, order in group]
     states = fit_many(
         model,
         [
-            Training(order.start, own, order.recipe, order.chance("round"))
-            for (_, order), own in zip(group, data, strict=True)
+            Training(order.start, part, order.recipe, order.chance("round"))
+            for (_, order), part in zip(group, data, strict=True)
         ],
     )
     seconds = (time.perf_counter() - began) / len(group)
@@ -118,7 +118,7 @@ def _train_stacked(
         order, state = group[place][1], states[place]
         if isinstance(state, Diverged):
             return _alone(order)  # which starts again at a lower rate
-        return _records(order, order.update(model, state, data[place], seconds))
+        return _records(order, order.update(model, state, data[place].copied, seconds))
 
     return [attempt(context, answer, place) for place, (context, _) in enumerate(group)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedmerge import batched
 from fedmerge.batched import Training, fit_many, stackable
 from fedmerge.configcheck import SCHEDULES
+from fedmerge.examples import Part
 from fedmerge.models import create
 from fedmerge.problem import Examples
 from fedmerge.seeds import default_generator, generator
@@ -53,12 +55,13 @@ def trainings(
         labels = torch.randint(3, (size,), generator=stream)
         epochs = recipe.epochs + client % 2
         own = LocalTraining(**{**vars(recipe), "epochs": epochs})
-        found.append(Training(start, Examples(images, labels), own, generator(1, "client", client)))
+        part = Part.of_all(Examples(images, labels))
+        found.append(Training(start, part, own, generator(1, "client", client)))
     return found
 
 
 def alone(model: nn.Module, training: Training) -> dict[str, Tensor]:
-    return fit(model, training.start, training.examples, training.recipe, generator=training.generator)[0]
+    return fit(model, training.start, training.part.copied(), training.recipe, generator=training.generator)[0]
 
 
 def assert_equal_to_rounding(
@@ -146,10 +149,28 @@ def test_who_trains_beside_a_client_changes_nothing_but_rounding_and_the_same_gr
             torch.testing.assert_close(tensor, other[name], rtol=1e-12, atol=1e-13)
 
 
+def test_parts_of_the_same_examples_give_the_bits_of_their_copies() -> None:
+    model, recipe = chain(), LocalTraining(2, 4, 0.1)
+    apart = trainings(model, (9, 3, 14, 2), recipe)
+    order = torch.randperm(28, generator=generator(7))
+    images = torch.cat([training.part.whole.images for training in apart])[order]
+    labels = torch.cat([training.part.whole.labels for training in apart])[order]
+    whole = Examples(images, labels)
+    places = torch.split(order.argsort(), [9, 3, 14, 2])
+    shared = [
+        replace(training, part=Part(whole, index))
+        for training, index in zip(trainings(model, (9, 3, 14, 2), recipe), places, strict=True)
+    ]
+    for found, expected in zip(fit_many(model, shared), fit_many(model, apart), strict=True):
+        assert isinstance(found, dict)
+        assert isinstance(expected, dict)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def test_a_client_that_diverges_does_so_alone() -> None:
     model, recipe = chain(), LocalTraining(2, 4, 0.1)
     group = trainings(model, (5, 9, 5), recipe)
-    group[1].examples.images[0] = torch.inf
+    group[1].part.whole.images[0] = torch.inf
     results = fit_many(model, group)
     assert isinstance(results[1], Diverged)
     assert "the training loss became nan; lower --lr (it is 0.1)" in str(results[1])

@@ -17,6 +17,7 @@ from fedmerge.basis import BasisChange, Linear, Permutation
 from fedmerge.batched import Training, fit_many
 from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS, MERGERS, STATISTICS
+from fedmerge.examples import Part
 from fedmerge.features import joint_moments, with_reference
 from fedmerge.machine import reproducible
 from fedmerge.merge import kernels
@@ -88,7 +89,7 @@ def test_dropout_follows_the_seed_on_the_gpu_too() -> None:
 
 
 def on_the_gpu(training: Training) -> Training:
-    return replace(training, start=moved(training.start), examples=training.examples.to(DEVICE))
+    return replace(training, start=moved(training.start), part=Part.of_all(training.part.whole.to(DEVICE)))
 
 
 @pytest.mark.parametrize("kind", ["chain", "convolutional"])
@@ -96,7 +97,7 @@ def test_clients_train_together_as_alone(kind: str) -> None:
     model, shape = (chain(), (1, 2, 2)) if kind == "chain" else (convolutional(), (1, 8, 8))
     sizes, recipe = (3, 40, 9, 13), LocalTraining(2, 4, 0.1, 0.9, 1e-3, 0.1)
     apart, *together = (trainings(model, sizes, recipe, shape) for _ in range(3))
-    expected = [fit(model, one.start, one.examples, one.recipe, generator=one.generator)[0] for one in apart]
+    expected = [fit(model, one.start, one.part.copied(), one.recipe, generator=one.generator)[0] for one in apart]
     model.to(DEVICE)
     with reproducible():
         first, again = (fit_many(model, [on_the_gpu(one) for one in group]) for group in together)

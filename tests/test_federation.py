@@ -175,6 +175,32 @@ def test_federations_share_the_images_of_their_data_set() -> None:
     assert first.pool is first.pool
 
 
+@pytest.mark.usefixtures("numbers")
+def test_a_client_s_part_is_of_the_files_that_are_there_and_copied_when_it_is_asked_for() -> None:
+    federated = load(CONFIG)
+    for client in range(4):
+        part, own = federated.part(client, torch.device("cpu")), federated.client(client)
+        assert part.whole is federated.dataset.train
+        assert len(part) == len(own)
+        assert torch.equal(part.copied().images, own.images)
+        assert torch.equal(part.copied().labels, own.labels)
+        assert torch.equal(federated.client_labels(client), own.labels)
+
+
+@pytest.mark.usefixtures("numbers")
+@pytest.mark.parametrize(("room", "stays"), [(None, True), (8 * 9600, True), (8 * 9600 - 8, False)])
+def test_a_device_gets_all_files_once_if_there_is_room_and_else_the_client_s_own(
+    monkeypatch: pytest.MonkeyPatch, room: int | None, stays: bool
+) -> None:
+    monkeypatch.setattr(federation, "available", lambda _: room)
+    federated = dataclasses.replace(load(CONFIG))
+    first, second = (federated.part(client, torch.device("meta")) for client in (0, 1))
+    assert first.whole.images.device.type == "meta"
+    assert (first.whole is second.whole) == stays
+    assert len(first.whole) == (1200 if stays else len(federated.client(0)))
+    assert len(first) == len(federated.client(0))
+
+
 @pytest.mark.parametrize("partition_id", [-1, 4])
 def test_there_is_no_client_beyond_the_partition(partition_id: int) -> None:
     with pytest.raises(ValueError, match=f"partition id from 0 to 3, got {partition_id}"):
