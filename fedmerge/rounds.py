@@ -1,4 +1,4 @@
-"""What a round needs before it starts, and what it fails with."""
+"""What a round needs before it starts, what it can send on, and what it fails with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 
 from fedmerge.errors import FedmergeError
+from fedmerge.outcomes import Outcome
+from fedmerge.state import StateDict
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,30 @@ SECONDS_BETWEEN_WARNINGS = 30.0
 
 class RoundFailed(FedmergeError, AggregationError):
     """A round that has too few good updates, or whose result cannot be used; the text tells every reason."""
+
+
+def model_to_send(outcome: Outcome, merge: str) -> StateDict:
+    """Return the merged model, if it can be sent to the clients.
+
+    Args:
+        outcome: of the round's merge.
+        merge: the merger's name, for the errors.
+
+    Raises:
+        RoundFailed: if it is an ensemble, or of an architecture that is not the server's.
+    """
+    merged = outcome.merged
+    if len(merged.states) != 1:
+        raise RoundFailed(
+            f"--merge {merge} gives an ensemble of {len(merged.states)} models, which cannot be sent to the clients as "
+            "one; choose another --merge, or evaluate ensembles with 'fedmerge compare'"
+        )
+    if any(merged.models):
+        raise RoundFailed(
+            f"--merge {merge} gives a model of '{merged.models[0]}', which is not the server's (--model) and cannot be "
+            "sent to all clients; choose another --merge, or look at it with 'fedmerge compare'"
+        )
+    return merged.state
 
 
 def wait_for_nodes(grid: Grid, wanted: int, *, least: int, timeout: float) -> list[int]:

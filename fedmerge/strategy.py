@@ -30,7 +30,7 @@ from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars, reco
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
 from fedmerge.rounds import RoundFailed as RoundFailed
-from fedmerge.rounds import wait_for_nodes
+from fedmerge.rounds import model_to_send, wait_for_nodes
 from fedmerge.sampling import Sample, drawn
 from fedmerge.seeds import derive
 from fedmerge.state import StateDict
@@ -213,23 +213,13 @@ class OneShotMerge(FedAvg):
             screen=self.screen,
             seed=derive(self.seed, "merge", server_round),
         )
-        if len(outcome.merged.states) != 1:
-            raise RoundFailed(
-                f"--merge {self.merge} gives an ensemble of {len(outcome.merged.states)} models, which cannot be sent "
-                "to the clients as one; choose another --merge, or evaluate ensembles with 'fedmerge compare'"
-            )
-        if any(outcome.merged.models):
-            raise RoundFailed(
-                f"--merge {self.merge} gives a model of '{outcome.merged.models[0]}', which is not the server's "
-                "(--model) and cannot be sent to all clients; choose another --merge, or look at it with "
-                "'fedmerge compare'"
-            )
+        state = model_to_send(outcome, self.merge)
         self._going_on = self._going_on.after(self.problem, updates, outcome)
         if self.on_round is not None:
             self.on_round(server_round, updates, rejected, outcome)
         metrics = self.train_metrics_aggr_fn([content for _, content in good], self.weighted_by_key)
         metrics.update(finite_scalars({**outcome.diagnostics, "merge-seconds": outcome.seconds}))
-        return arrays_from_state(outcome.merged.state), metrics
+        return arrays_from_state(state), metrics
 
     def read_replies(self, server_round: int, replies: Iterable[Message]) -> tuple[list[Update], list[str]]:
         """Return the good updates by partition id, and why others were left out; or `RoundFailed` if they are few.
