@@ -16,18 +16,20 @@ INITIALISATIONS = ("independent", "shared")
 SPLITS = ("test", "development")
 UPLOAD_DTYPES = ("float32", "float16")
 SCHEDULES = ("cosine", "linear")
+CHOICES = {
+    "init": INITIALISATIONS,
+    "split": SPLITS,
+    "upload_dtype": UPLOAD_DTYPES,
+    "lr_schedule": SCHEDULES,
+    "augment": AUGMENTATIONS,
+    "screen": SCREENS,
+}
+"""What a setting may be, where it is one of a few words."""
 
 
 def check(config: Config) -> None:
     """Refuse a configuration that cannot be, by a ConfigurationError."""
-    for name, allowed in (
-        ("init", INITIALISATIONS),
-        ("split", SPLITS),
-        ("upload_dtype", UPLOAD_DTYPES),
-        ("lr_schedule", SCHEDULES),
-        ("augment", AUGMENTATIONS),
-        ("screen", SCREENS),
-    ):
+    for name, allowed in CHOICES.items():
         known(flag(name), getattr(config, name), allowed)
     for kind in config.client_statistics.split("/") if config.client_statistics else ():
         known(flag("client_statistics"), kind, STATISTICS)

@@ -12,22 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmerge.catalogue import SCREENS
 from fedmerge.config import Config, read_toml
-from fedmerge.configcheck import INITIALISATIONS, SCHEDULES, SPLITS, UPLOAD_DTYPES
+from fedmerge.configcheck import CHOICES
 from fedmerge.errors import FedmergeError
 from fedmerge.settings import ConfigurationError, flag, known
 
 if TYPE_CHECKING:
     from fedmerge.console import Console
 
-CHOICES = {
-    "init": INITIALISATIONS,
-    "split": SPLITS,
-    "upload_dtype": UPLOAD_DTYPES,
-    "screen": SCREENS,
-    "lr_schedule": SCHEDULES,
-}
 Command = Callable[..., None]
 
 
