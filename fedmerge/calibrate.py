@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedmerge.examples import taken
 from fedmerge.state import StateDict
 
 BATCH = 256
+MOST = 1024
+"""Images that are looked at: a layer's mean and variance are as well known by them as by several times as many."""
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -27,10 +30,13 @@ def has_statistics(model: nn.Module) -> bool:
 def calibrate(model: nn.Module, state: StateDict, images: Tensor) -> dict[str, Tensor]:
     """Re-estimate the running means and variances of all BatchNorm layers, as the mean over batches of equal size.
 
+    Each batch is spread evenly over the images, which may lie in the order of their classes.
+
     Args:
         model: the architecture.
         state: the weights, left as they are.
-        images: (examples, …), on the state's device; batch normalisation needs at least two.
+        images: (examples, …), on the state's device; batch normalisation needs at least two. Of more than `MOST`, as
+            many are looked at, spread evenly.
 
     Returns:
         A fresh state dict that differs from `state` in the running statistics alone. The counts of batches are kept.
@@ -49,8 +55,11 @@ def calibrate(model: nn.Module, state: StateDict, images: Tensor) -> dict[str, T
             layer.momentum = None  # the cumulative average
             for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                 result[_key(name, buffer)].zero_()
-        for batch in images.chunk(math.ceil(len(images) / BATCH)):
-            functional_call(model, result, (batch,))
+        if len(images) > MOST:
+            images = taken(images, torch.arange(MOST, device=images.device) * len(images) // MOST)
+        count = math.ceil(len(images) / BATCH)
+        for first in range(count):
+            functional_call(model, result, (images[first::count],))
     finally:
         for module, training in was:
             module.training = training

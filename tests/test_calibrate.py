@@ -4,7 +4,7 @@ from problems import blobs
 from torch import nn
 from torch.func import functional_call
 
-from fedmerge.calibrate import BATCH, calibrate, has_statistics
+from fedmerge.calibrate import BATCH, MOST, calibrate, has_statistics
 from fedmerge.models import create
 
 
@@ -22,6 +22,27 @@ def test_the_mean_over_several_batches_is_taken() -> None:
     images = blobs(3 * BATCH, seed=0).images
     result = calibrate(model, model.state_dict(), images)
     torch.testing.assert_close(result["1.running_mean"], images.flatten(1).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_lie_in_the_order_of_their_classes_have_the_variance_of_all() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36)).eval()
+    images = torch.cat([blobs(2 * BATCH, seed=label, classes=(label,)).images + 3 * label for label in range(2)])
+    result = calibrate(model, model.state_dict(), images)
+    torch.testing.assert_close(result["1.running_mean"], images.flatten(1).mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result["1.running_var"], images.flatten(1).var(0), rtol=0.02, atol=0)
+
+
+def test_of_many_images_as_many_as_are_needed_are_looked_at_spread_evenly() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1)).eval()
+    numbers = torch.arange(5 * MOST + 3, dtype=torch.float64)[:, None]
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    result = calibrate(model.double(), model.state_dict(), numbers)
+    looked_at = torch.cat(seen).flatten().sort().values
+    assert len(looked_at) == MOST
+    assert set(looked_at.diff().tolist()) == {5.0, 6.0}
+    torch.testing.assert_close(result["1.running_mean"].item(), float(numbers.mean()), rtol=0.01, atol=0)
+    torch.testing.assert_close(result["1.running_var"].item(), float(numbers.var()), rtol=0.01, atol=0)
 
 
 def test_only_the_statistics_change_and_nothing_that_was_given() -> None:
