@@ -211,6 +211,7 @@ class RayGrid(Grid):
             raise RuntimeError("the simulation has no federation yet: call load first")
         if self._pool is None:
             self._pool = ActorPool(self._resources, self._config.clients)
+            gc.collect()  # what Ray's start left over would be frozen too
             gc.freeze()  # what is there, mostly modules: collections in the rounds would look at all of their objects
         if not self._loaded:
             self._pool.load(_target(Clients), _actor_settings(self._config), self._pool.share(self._examples))

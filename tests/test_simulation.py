@@ -178,7 +178,17 @@ class Collected:
         return gc.get_freeze_count(), len(self.made)
 
 
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Garbage stays until a collection is asked for."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
 def test_collections_overlook_the_modules_while_there_are_actors_and_find_what_was_made_since(ray: Any) -> None:  # noqa: ARG001
+    before = weakref.ref(Collected(None))
     with simulation.simulation(CONFIG.replace(client_cpus=4.0), federation.load(CONFIG)) as grid:
         for _ in range(3):
             [(_, told)] = grid.map(Collected, (), ["count"])
@@ -186,6 +196,7 @@ def test_collections_overlook_the_modules_while_there_are_actors_and_find_what_w
             assert told[0] > 10_000
             assert told[1] == 1
         assert gc.get_freeze_count() > 10_000
+        assert before() is None  # garbage is not kept
     assert gc.get_freeze_count() == 0
 
 
