@@ -13,6 +13,6 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """What a slow test, Ray's or Flower's, left unclosed is found by its own end, not in the middle of a later test."""
+    """What a slow test left unclosed, Ray's files or Flower's, is found at its end, where its own filters hold."""
     if item.get_closest_marker("slow"):
         gc.collect()
