@@ -39,7 +39,7 @@ class _Task:
         task_id: under which its result is given.
         arguments: of the object's method.
         shared: references whose values come after these.
-        alone: it is not sent together with others (again): the actor ended that it was on.
+        alone: it was sent before, and its actor ended; it is sent once more, by itself.
     """
 
     task_id: str
@@ -65,6 +65,7 @@ class ActorPool:
         self._actors: list[Handle] = []
         self._arguments: tuple[object, ...] = ()
         self._starting: dict[Reference, Handle] = {}
+        self._starts_left = 0
         self._idle: deque[Handle] = deque()
         self._queue: deque[_Task] = deque()
         self._running: dict[Reference, tuple[list[_Task], Handle]] = {}
@@ -101,6 +102,7 @@ class ActorPool:
             self._build(actor)
         while len(self._actors) < self._size:
             self._add()
+        self._starts_left = self._size
 
     def submit(self, task_id: str, *arguments: object, shared: tuple[Reference, ...] = ()) -> None:
         """Queue a task; tasks start in the order of their submission.
@@ -208,10 +210,13 @@ class ActorPool:
             try:
                 self._ray.get(reference)
                 self._idle.append(actor)
-            except RayError as error:  # one that cannot even start is not replaced: its successor could not either
+            except RayError as error:
                 self._cause = _reason(error)
                 logger.warning("a Ray actor could not start: %s", self._cause)
                 self._remove(actor)
+                if not isinstance(error, RayTaskError) and self._starts_left:  # of what raises, a successor would too
+                    self._starts_left -= 1
+                    self._add()
             return []
         tasks, actor = self._running.pop(reference)
         try:
@@ -222,7 +227,10 @@ class ActorPool:
                 self._replace(actor)
             else:
                 self._idle.append(actor)
-            if len(tasks) > 1:  # it is not known which of them it was
+            if len(tasks) > 1 or (crashed and not tasks[0].alone):  # another may have ended it, or the machine
+                logger.warning(
+                    "an actor ended; what it had to do is sent again, each task by itself: %s", _reason(error)
+                )
                 self._again(tasks)
                 return []
             return [(tasks[0].task_id, Failure(_reason(error), crashed))]
@@ -234,4 +242,5 @@ class ActorPool:
 def _reason(error: Exception) -> str:
     """Return what a Ray error says, in one line."""
     cause = getattr(error, "cause", None)
-    return shorten(str(error) if cause is None else f"{type(cause).__name__}: {cause}")
+    text = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
+    return shorten("\n".join(line for line in text.splitlines() if not line.startswith("\t")))  # those are Ray's ids

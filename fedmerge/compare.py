@@ -25,10 +25,12 @@ from fedmerge.outcomes import Outcome
 from fedmerge.problem import Problem, Progress, Update, silent
 from fedmerge.raygrid import RayGrid
 from fedmerge.runs import Result, Run, RunError
+from fedmerge.sampling import drawn
 from fedmerge.seeds import derive
 from fedmerge.settings import Value
 from fedmerge.simulation import simulation, train_clients
 from fedmerge.state import StateDict, num_bytes
+from fedmerge.summary import refused
 from fedmerge.train import laid_out
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ def compare(
 ) -> None:
     """Train the clients of each seed and merge them by each method; what the run folder already has is not done again.
 
-    A method that fails gets a line that says so, and the others go on.
+    A method that fails gets a line that says so, and the others go on. A client that has no update is trained again by
+    the next call, and all that was merged without it is merged again: methods are compared on the same clients.
 
     Args:
         config: the federation; its seed is replaced by each of `seeds`.
@@ -53,7 +56,7 @@ def compare(
         seeds: at least one.
         progress: called on long work.
     """
-    done = {(result["method"], result["seed"]) for result in run.results() if result["status"] == "ok"}
+    done = {(result["method"], result["seed"]) for result in run.results() if _is_whole(result)}
     with ExitStack() as stack:
         grid: RayGrid | None = None
         for seed in seeds:
@@ -77,7 +80,7 @@ def merge_stored(run: Run, target: Run, methods: Sequence[str], *, progress: Pro
         progress: called on long work.
 
     Raises:
-        RunError: if the run has no updates, or fewer than its clients.
+        RunError: if the run has no updates, or fewer than `min_completed`.
     """
     config, settings = target.config, run.settings
     for seed in settings.get("seeds") or [config.seed]:
@@ -187,6 +190,9 @@ class Bench:
             low_memory=self.config.low_memory,
         )
         self.evaluation = laid_out(model, examples.evaluation.to(device))
+        asked = drawn(range(self.config.clients), self.config.asked, seed=self.config.seed, server_round=1)
+        absent = sorted(set(asked) - {update.partition_id for update in updates})
+        self.missing = [f"client {client} has no update: log.txt tells why" for client in absent]
         self.prepared: dict[tuple[str, object, bool], tuple[Problem, Alignment]] = {}
 
     def answer(self, method: str) -> list[Line]:
@@ -209,6 +215,7 @@ class Bench:
                     updates=self.updates,
                     bytes_down=len(self.updates) * num_bytes(state) if self.problem.start or self.config.anchor else 0,
                     server_model=self.config.model,
+                    refused=self.missing,
                 )
         except (ArithmeticError, RuntimeError, ValueError) as error:  # this method's; the others go on
             logger.exception("method '%s' failed", method)
@@ -237,6 +244,10 @@ class Bench:
         model, shape = self.problem.model, self.problem.data.images.shape[1:]
         shares = describe_shares(model, outcome.merged.state, alignment.updates, shape)
         return replace(outcome, diagnostics={**outcome.diagnostics, "shares": shares})
+
+
+def _is_whole(result: Result) -> bool:
+    return result["status"] == "ok" and not refused(result)
 
 
 def _failed(config: Config, method: str, reason: str) -> list[Line]:

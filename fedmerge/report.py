@@ -186,8 +186,8 @@ def _left_out(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for result in results:
         diagnostics = result.get("diagnostics") or {}
-        refused = [("", reason) for reason in diagnostics.get("refused", ())]
-        for client, reason in (*refused, *diagnostics.get("screen", {}).get("left-out", {}).items()):
+        without = [("", reason) for reason in summary.refused(result)]
+        for client, reason in (*without, *diagnostics.get("screen", {}).get("left-out", {}).items()):
             place = f"seed {result['seed']}, round {result['round']}"
             found.setdefault((f"{place}, client {client}" if client else place, reason), []).append(result["method"])
     for (place, reason), methods in found.items():

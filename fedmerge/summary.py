@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmerge.runs import Result
 from fedmerge.settings import known
@@ -38,6 +38,7 @@ class Row:
         class_accuracies: mean accuracy of each class over the finished seeds that evaluated images of it; None without.
         architectures: the names of its models' architectures, where they are not all the server's.
         note: what a reader must know of it, in a few words.
+        missing: how many updates of clients its rounds did without, by seed, of the finished seeds that lack any.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Row:
     class_accuracies: tuple[float | None, ...] = ()
     architectures: tuple[str, ...] = ()
     note: str = ""
+    missing: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -147,7 +149,18 @@ def _row(method: str, cells: Mapping[int, Sequence[Result]], seeds: tuple[int, .
         class_accuracies=_mean_by_class(by_class) if None not in by_class else (),
         architectures=tuple(dict.fromkeys(name for result in final for name in result.get("architectures", ()))),
         note=final[0].get("note", "") if final else "",
+        missing={
+            seed: count
+            for seed, results in finished.items()
+            if (count := sum(len(refused(result)) for result in results))
+        },
     )
+
+
+def refused(result: Result) -> list[str]:
+    """Return why clients have no part in a result: an update each that could not be used, or did not come."""
+    found: list[str] = (result.get("diagnostics") or {}).get("refused", [])
+    return found
 
 
 def paired_differences(rows: Sequence[Row], baseline: str = BASELINE) -> dict[str, Difference]:

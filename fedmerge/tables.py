@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from fedmerge.summary import BASELINE, Difference, Row, best_single_model, paired_differences
@@ -79,9 +79,16 @@ def remarks(row: Row, best: Row | None) -> list[str]:
         found.append("server's labels unused")
     if row.accuracies and not row.complete:
         found.append(row.coverage)
+    if row.missing:
+        count = sum(row.missing.values())
+        found.append(f"{count} update{'s' * (count > 1)} missing on {_seeds(row.missing)}")
     if row.errors:
-        found.append(f"failed on seed{'s' * (len(row.errors) > 1)} {', '.join(map(str, row.errors))}")
+        found.append(f"failed on {_seeds(row.errors)}")
     return found
+
+
+def _seeds(seeds: Collection[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def first_error(row: Row) -> str:

@@ -38,17 +38,22 @@ class Method:
 
 
 class Actor:
-    """Takes `seconds` for each task; "die" ends it, and it cannot pack what "unsendable" gives."""
+    """Takes `seconds` for each task; "die" ends it, "die once" the first; it cannot pack what "unsendable" gives."""
 
     def __init__(self, ray: FakeRay) -> None:
-        self.build = Method(lambda *_: Call([], (), lambda: None))
+        self.build = Method(lambda *_: Call([], (), self._built))
         self.answer = Method(self._answer)
         self._ray = ray
+
+    def _built(self) -> None:
+        if self._ray.stillborn:
+            self._ray.stillborn -= 1
+            raise RayActorError
 
     def _answer(self, tasks: list[tuple[object, ...]], *shared: object) -> Call:
         def outcome() -> object:
             names = [str(task[0]) for task in tasks]
-            if "die" in names:
+            if "die" in names or ("die once" in names and not self._ray.killed):
                 raise RayActorError
             if "unsendable" in names:
                 raise RayTaskError("answer", "no text", TypeError("cannot pickle"))  # type: ignore[no-untyped-call]
@@ -68,6 +73,7 @@ class FakeRay:
     hanging: set[str] = field(default_factory=set)
     calls: list[Call] = field(default_factory=list)
     killed: int = 0
+    stillborn: int = 0
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2}}]
@@ -159,6 +165,24 @@ def test_the_tasks_that_were_with_one_that_ended_its_actor_are_sent_again_each_a
     assert crashed == {"20 die": True, "21 bad": False, "22 unsendable": False}
     assert found["22 unsendable"] == Failure("TypeError: cannot pickle", crashed=False)
     assert ray.killed == 2  # once with others, once alone
+
+
+def test_a_task_whose_actor_ended_is_sent_once_more(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
+    assert all_of(pool(["a", "die once"]), 2) == {"0 a": "A", "1 die once": "DIE ONCE"}
+    assert ray.killed == 1
+    assert "what it had to do is sent again" in caplog.text
+    found = all_of(pool(["a", "die"]), 2)
+    assert isinstance(found["1 die"], Failure)
+    assert found["1 die"].crashed
+    assert ray.killed == 1 + 2
+
+
+def test_an_actor_that_ends_while_it_starts_is_started_again_but_not_forever(ray: FakeRay) -> None:
+    ray.stillborn = 3
+    assert all_of(pool(["a", "b"]), 2) == {"0 a": "A", "1 b": "B"}
+    ray.stillborn = 100
+    found = all_of(pool(["a", "b"]), 2)
+    assert all(isinstance(result, Failure) and "no Ray actor could start" in result.reason for result in found.values())
 
 
 def test_a_task_that_is_cancelled_ends_its_actor_and_those_with_it_are_sent_again(ray: FakeRay) -> None:
