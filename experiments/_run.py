@@ -19,7 +19,7 @@ import torch
 
 from fedmerge.machine import num_cores
 from fedmerge.runs import Run, file_name
-from fedmerge.summary import Difference, Row, summarize, with_interval
+from fedmerge.summary import Difference, Row, refused, summarize, with_interval
 from fedmerge.tables import NOTHING, percent
 
 HERE = Path(__file__).parent
@@ -70,6 +70,9 @@ def compare(command: str, out: Path, also: str = "") -> Run:
         command: as a user would type it, without --out.
         out: the run folder.
         also: flags more, of what changes no number.
+
+    Raises:
+        RuntimeError: if something was merged without the update of a client: it is no part of a comparison.
     """
     words = shlex.split(f"{command} {also}")[1:]
     if (out / "config.json").exists():
@@ -77,7 +80,11 @@ def compare(command: str, out: Path, also: str = "") -> Run:
     if torch.cuda.is_available():
         words += ["--client-gpus", f"{1 / CORES:.4f}", "--batched-clients", "1"]  # each by itself, as on CPUs
     subprocess.run([sys.executable, "-m", "fedmerge", *words, "--out", str(out)], check=True, env=ENVIRONMENT)
-    return Run.open(out)
+    run = Run.open(out)
+    for result in run.results():
+        if lacking := refused(result):
+            raise RuntimeError(f"{out}, round {result['round']}: {lacking[0]}; remove the folder, and run it again")
+    return run
 
 
 def compare_all(commands: Mapping[Path, str]) -> list[Run]:
