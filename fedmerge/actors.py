@@ -228,9 +228,7 @@ class ActorPool:
             else:
                 self._idle.append(actor)
             if len(tasks) > 1 or (crashed and not tasks[0].alone):  # another may have ended it, or the machine
-                logger.warning(
-                    "an actor ended; what it had to do is sent again, each task by itself: %s", _reason(error)
-                )
+                logger.warning("what an actor had to do is sent again, each task by itself: %s", _reason(error))
                 self._again(tasks)
                 return []
             return [(tasks[0].task_id, Failure(_reason(error), crashed))]
