@@ -26,6 +26,17 @@ def records(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
     return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
+def sender(content: RecordDict, node_id: int) -> str:
+    """Return how to name the sender of a reply that may hold anything.
+
+    Args:
+        content: of the reply.
+        node_id: Flower's.
+    """
+    told = [record[PARTITION_ID] for record in records(content, MetricRecord).values() if PARTITION_ID in record]
+    return f"client {told[0]} (node {node_id})" if told else f"node {node_id}"
+
+
 def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Return the weighted means of the clients' scalar metrics, each over the clients that report a finite number.
 

@@ -26,7 +26,7 @@ from fedmerge import mixed, oneshot
 from fedmerge.goingon import GoingOn
 from fedmerge.machine import choose_device
 from fedmerge.methods import parse_method
-from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars, records
+from fedmerge.metrics import PARTITION_ID, average_metrics, finite_scalars, sender
 from fedmerge.outcomes import Outcome
 from fedmerge.problem import Examples, Problem, Progress, Update, silent
 from fedmerge.rounds import RoundFailed as RoundFailed
@@ -273,15 +273,15 @@ class OneShotMerge(FedAvg):
             try:
                 update = self.read_update(reply, expected)
             except MalformedUpdate as error:
-                rejected.append(f"{_name(content, node_id)}: {error}")
+                rejected.append(f"{sender(content, node_id)}: {error}")
                 continue
             if update.partition_id in good:
-                rejected.append(f"{_name(content, node_id)}: another node has answered for the same {PARTITION_ID}")
+                rejected.append(f"{sender(content, node_id)}: another node has answered for the same {PARTITION_ID}")
                 continue
             if update.partition_id == node_id:
                 logger.warning(
                     "%s tells no '%s': its place in the order of clients is random",
-                    _name(content, node_id),
+                    sender(content, node_id),
                     PARTITION_ID,
                 )
             if restarts := update.metrics.get("restarts"):
@@ -298,9 +298,3 @@ class OneShotMerge(FedAvg):
                 f"(min_completed){':' if reasons else ''}{reasons}"
             )
         return [good[partition_id] for partition_id in sorted(good)], rejected
-
-
-def _name(content: RecordDict, node_id: int) -> str:
-    """Return how to name the sender of a reply that may hold anything."""
-    told = [record[PARTITION_ID] for record in records(content, MetricRecord).values() if PARTITION_ID in record]
-    return f"client {told[0]} (node {node_id})" if told else f"node {node_id}"
