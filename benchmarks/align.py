@@ -1,8 +1,9 @@
 """Alignment of two models, in units of bare forward passes of both over the same images.
 
-Statistics are of every position of every feature space, in one pass. The whole merge is what a user calls: the choice
-of the reference, statistics, solution, change of basis, mean, and BatchNorm statistics. `align_peer.py` has it beside
-align-n-merge's.
+Statistics are of every position of every feature space, in one pass: for permutations the models' covariances with each
+other and variances, for any alignment each model's own covariances too. The whole merge is what a user calls: the
+choice of the reference, statistics, solution, change of basis, mean, and BatchNorm statistics. `align_peer.py` has it
+beside align-n-merge's.
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ def of_model(
     def forward() -> list[Tensor]:
         return [predict(model, state, problem.data.images) for state in states]
 
+    def statistics(*, own: bool) -> object:
+        return moments(model, problem.spaces, states, 0, problem.data.images, own=own)
+
     def merge(align: str) -> Callable[[], object]:
         return lambda: merge_updates(problem, updates, align=align, merge="mean", seed=0, screen="off")
 
     return {
         "forward passes": forward,
-        "statistics": lambda: moments(model, problem.spaces, states, 0, problem.data.images),
+        "statistics for permutations": lambda: statistics(own=False),
+        "statistics for any alignment": lambda: statistics(own=True),
         "merge by activations": merge("activations"),
         "merge by CCA": merge("cca:ridges=1"),
     }
@@ -86,9 +91,10 @@ def of_space(width: int) -> dict[str, Callable[[], object]]:
     problem = Problem(model.eval(), Examples(inputs, torch.zeros(SAMPLES, dtype=torch.int64)))
     (found,) = joint_moments(model, problem.spaces, states, inputs, pairs=with_reference(2, 0))
     of_other: Moments = found.between(0, 1)
+    permutation = match(correlation(of_other))
     return {
         "forward and covariances in shifted float32": lambda: moments(model, problem.spaces, states, 0, inputs),
-        "CCA in float64": lambda: CCA(anchor="none").change(of_other, 1.0),
+        "CCA in float64": lambda: CCA(anchor="none").change(of_other, 1.0, permutation),
         "matching": lambda: match(correlation(of_other)),
     }
 

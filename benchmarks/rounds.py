@@ -223,8 +223,9 @@ def benchmark(quick: bool) -> list[Row]:
     for clients in (10, 100, 1_000, 10_000):
         config = tiny.replace(clients=clients, client_examples=clients)
         cases[f"mlp@0.05, 1 image each, {clients} clients"] = measured, config
-    side = config.replace(clients=1_000, client_examples=1_000, batched_clients=50)
-    cases["mlp@0.05, 1 image each, 1000 clients, 50 side by side"] = measured, side
+    for clients in (100, 1_000):
+        config = tiny.replace(clients=clients, client_examples=clients, batched_clients=50)
+        cases[f"mlp@0.05, 1 image each, {clients} clients, 50 side by side"] = measured, config
     for clients in (20, 100):
         config = tiny.replace(clients=clients, client_examples=clients)
         cases[f"mlp@0.05, 1 image each, {clients} clients, Flower's engine"] = measured_under_flower, config
@@ -245,7 +246,7 @@ def benchmark(quick: bool) -> list[Row]:
         if measure is measured_under_pfl and not _pfl.installed():
             rows.append({"federation": name, **dict.fromkeys(COLUMNS, "not installed")})
             continue
-        repeats = 5 if "cnn" in name or config.clients > 1_000 else 15
+        repeats = 5 if "cnn" in name or config.clients > 1_000 else 15 if config.client_examples > 100 else 61
         ours, bare = measure(config, 1 if quick else repeats)
         pairs = list(zip(ours.cpu, bare.cpu, strict=True))
         over = sorted((mine - floor) / config.clients for mine, floor in pairs)[len(pairs) // 2]

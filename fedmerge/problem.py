@@ -112,7 +112,7 @@ class Problem:
 
     The protocol of every choice: from 500 examples of known classes on, a fixed part to learn on and a fixed validation
     part; from 50, cross-validation over three folds and then a refit on all; below, defaults and no choice. An example
-    of unknown class is in every part to learn on, and in no validation part; classes are learned from `labelled` alone.
+    of a class that neither is known nor a teacher tells is in all parts to learn on, and in no validation part.
 
     Attributes:
         model: the architecture; its own weights are never used.

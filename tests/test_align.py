@@ -13,7 +13,7 @@ from fedmerge.align.matching import correlation, match
 from fedmerge.architectures import ResidualBlock
 from fedmerge.calibrate import calibrate
 from fedmerge.catalogue import ALIGNERS
-from fedmerge.covariances import Moments
+from fedmerge.covariances import Joint
 from fedmerge.merge.average import mean_state
 from fedmerge.methods import resolve
 from fedmerge.oneshot import align_updates
@@ -173,7 +173,8 @@ def test_correlations_are_pearsons_and_zero_for_dead_units() -> None:
     samples = torch.randn(50, 6, generator=stream(), dtype=torch.float64)
     samples[:, 0] = 2.0
     joint = torch.cov(samples.T, correction=0)
-    found = correlation(Moments(50, joint[:3, 3:], joint[:3, :3], joint[3:, 3:], *samples.mean(0).reshape(2, 3)))
+    means, variances = (tuple(part.reshape(2, 3)) for part in (samples.mean(0), joint.diagonal()))
+    found = correlation(Joint(50, means, variances, {(0, 1): joint[:3, 3:]}).between(0, 1))
     expected = torch.corrcoef(samples[:, 1:].T)[:2, 2:]
     torch.testing.assert_close(found[1:], expected)
     assert found[0].tolist() == [0.0, 0.0, 0.0]

@@ -40,25 +40,26 @@ def samples(count: int = 200, size: int = 6) -> tuple[Tensor, Tensor]:
 def moments_of(first: Tensor, second: Tensor) -> Moments:
     size = first.shape[1]
     joint = torch.cov(torch.cat([first, second], 1).T, correction=0)
-    parts = joint[:size, size:], joint[:size, :size], joint[size:, size:]
-    return Moments(len(first), *parts, first.mean(0), second.mean(0))
+    parts = {(0, 1): joint[:size, size:], (0, 0): joint[:size, :size], (1, 1): joint[size:, size:]}
+    variances = first.var(0, correction=0), second.var(0, correction=0)
+    return Joint(len(first), (first.mean(0), second.mean(0)), variances, parts).between(0, 1)
 
 
 def test_the_map_by_eigenvectors_is_that_by_cholesky_factors() -> None:
     found = moments_of(*samples())
-    reference, other = (torch.linalg.cholesky(part) for part in (found.reference, found.other))
+    reference, other = (torch.linalg.cholesky(part) for part in found.own)
     whitened = torch.linalg.solve_triangular(reference, found.cross, upper=False)
     whitened = torch.linalg.solve_triangular(other, whitened.T, upper=False).T
     u, _, vh = torch.linalg.svd(whitened)
     expected = torch.linalg.solve_triangular(other.T, vh.T @ u.T @ reference.T, upper=True)
-    torch.testing.assert_close(canonical_map(found.reference, found.cross, found.other), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(canonical_map(found.own[0], found.cross, found.own[1]), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_mapped_features_have_the_references_covariance_and_correlate_canonically() -> None:
     first, second = samples()
     found = moments_of(first, second)
-    mapped = second @ canonical_map(found.reference, found.cross, found.other)
-    torch.testing.assert_close(torch.cov(mapped.T, correction=0), found.reference)
+    mapped = second @ canonical_map(found.own[0], found.cross, found.own[1])
+    torch.testing.assert_close(torch.cov(mapped.T, correction=0), found.own[0])
     before = torch.trace(correlation(found))
     assert torch.trace(correlation(moments_of(first, mapped))) > before
 
@@ -68,31 +69,29 @@ def test_a_ridge_is_what_samples_of_matched_units_would_add() -> None:
     found = moments_of(first, second)
     index = match(correlation(found)).index
     ridge = 0.7
-    of_first, of_second = (ridge * float(part.trace()) / 6 for part in (found.reference, found.other))
+    of_first, of_second = (ridge * float(part.trace()) / 6 for part in found.own)
     identity = torch.eye(6, dtype=torch.float64)
     count = len(first)
     imagined = torch.cat([first - first.mean(0), (of_first * count) ** 0.5 * identity])
     matched = torch.cat([second - second.mean(0), (of_second * count) ** 0.5 * identity[index]])
     expected = canonical_map(imagined.T @ imagined / count, imagined.T @ matched / count, matched.T @ matched / count)
-    torch.testing.assert_close(CCA().change(found, ridge).matrix, expected)
+    torch.testing.assert_close(CCA().change(found, ridge, match(correlation(found))).matrix, expected)
 
 
 def test_a_great_ridge_is_a_permutation_up_to_scale() -> None:
     found = moments_of(*samples())
-    matrix = CCA().change(found, 1e9).matrix
+    matrix = CCA().change(found, 1e9, match(correlation(found))).matrix
     index = match(correlation(found)).index
-    scale = (found.reference.trace() / found.other.trace()).sqrt()
+    scale = (found.own[0].trace() / found.own[1].trace()).sqrt()
     torch.testing.assert_close(matrix, scale * torch.eye(6, dtype=torch.float64)[index].T, rtol=1e-6, atol=1e-6)
 
 
 def test_without_an_anchor_it_is_the_papers() -> None:
     found = moments_of(*samples())
     ridge = 0.2
-    reference, other = (
-        part + ridge * part.trace() / 6 * torch.eye(6, dtype=torch.float64) for part in (found.reference, found.other)
-    )
+    reference, other = (part + ridge * part.trace() / 6 * torch.eye(6, dtype=torch.float64) for part in found.own)
     expected = canonical_map(reference, found.cross, other)
-    torch.testing.assert_close(CCA(anchor="none").change(found, ridge).matrix, expected)
+    torch.testing.assert_close(CCA(anchor="none").change(found, ridge, match(correlation(found))).matrix, expected)
 
 
 @pytest.mark.parametrize("anchor", ["permutation", "none"])

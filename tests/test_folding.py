@@ -54,12 +54,7 @@ def targets(
 ) -> list[Target]:
     _, of_model = moments(model, found.sites, [reference, state], 0, inputs)
     return [
-        target(
-            norm,
-            axis,
-            (part.reference_mean, part.reference.diagonal()),
-            (part.other_mean, part.other.diagonal()),
-        )
+        target(norm, axis, *zip(part.joint.means, part.variances, strict=True))
         for (_, norm, axis), part in zip(found.observed, of_model, strict=True)
     ]
 

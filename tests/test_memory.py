@@ -207,13 +207,12 @@ def test_less_memory_is_foreseen_and_its_lack_refused_with_the_way_out(system: P
 @pytest.mark.parametrize("align", ["activations", "zipit"])
 def test_memory_for_covariances_is_foreseen_to_the_byte(system: Path, align: str) -> None:
     problem, updates = problem_of("mlp@0.5").changed(low_memory=True), trained("mlp@0.5")
-    pairs = 2 if align == "activations" else 3
+    pairs, own = (2, False) if align == "activations" else (3, True)
     states = [update.state for update in updates]
-    joint = joint_moments(
-        problem.model, problem.spaces, states, problem.data.images, pairs=list(combinations(range(3), 2))[:pairs]
-    )
+    compared = list(combinations(range(3), 2))[:pairs]
+    joint = joint_moments(problem.model, problem.spaces, states, problem.data.images, pairs=compared, own=own)
     size = sum(matrix.nbytes for found in joint for matrix in found.covariances.values())
-    assert joint_size(problem.spaces, 3, pairs) == size
+    assert joint_size(problem.spaces, 3, pairs, own=own) == size
     (system / "meminfo").write_text(f"MemAvailable: {size // 1024 - 1} kB\n")
     with pytest.raises(TooLarge, match=rf"comparing 3 models' units, {pairs} pairs of models, .*--align weights"):
         resolve("aligner", align, ALIGNERS)(problem, states, 0, generator=torch.Generator())

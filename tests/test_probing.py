@@ -217,3 +217,21 @@ def test_of_few_labelled_images_and_no_other_the_labels_alone_are_learned(size: 
     mixed = Objective(targets="mixed").teach(server, trained("mlp@0.1"))
     assert (mixed is Objective().teach(server, trained("mlp@0.1"))) is alone
     assert mixed.taught is not alone
+
+
+@pytest.mark.parametrize(
+    ("images", "known", "judges", "told"), [(600, 100, 120, True), (400, 100, 100, False), (600, 500, 100, False)]
+)
+def test_of_many_images_and_few_classes_all_images_judge(images: int, known: int, judges: int, told: bool) -> None:
+    problem, updates = problem_of("mlp@0.1", server_examples=images), trained("mlp@0.1")
+    taught = Objective("mixed", mixtures=10).teach(hiding(problem, torch.arange(images) >= known), updates)
+    parts = [validation for _, validation in taught.folds]
+    assert len(parts) == (1 if images >= 500 else 3)
+    assert sum(map(len, parts)) == judges
+    assert all(part.labelled for part in parts)
+    assert all(len(learn) + len(part) == images for learn, part in taught.folds)
+    assert torch.equal(taught.data.labels[:known], problem.data.labels[:known])
+    said = taught.data.targets
+    assert said is not None
+    others = taught.data.labels[known:]
+    assert torch.equal(others, said[known:].argmax(1)) if told else bool((others == UNKNOWN).all())

@@ -54,7 +54,7 @@ class Activations:
         generator: torch.Generator,
     ) -> Aligned:
         """Align all models to `states[reference]` by the activations on the server's images."""
-        return self.aligned(Comparison(problem, states, reference), generator=generator)
+        return self.aligned(Comparison(problem, states, reference, own=False), generator=generator)
 
     def aligned(self, comparison: Comparison, *, generator: torch.Generator) -> Aligned:
         """Align models that are compared already.
@@ -95,7 +95,7 @@ class Activations:
 def _matched_features(problem: Problem, mean: StateDict, state: StateDict) -> list[Permutation]:
     images = problem.learn.images
     calibrated = [calibrate(problem.model, item, images) for item in (mean, state)]
-    _, compared = moments(problem.model, problem.spaces, calibrated, 0, images)
+    _, compared = moments(problem.model, problem.spaces, calibrated, 0, images, own=False)
     return [_better(found) for found in compared]
 
 

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from fedmerge.align.choice import Candidates
 from fedmerge.align.comparison import Comparison, aligned_by_choice
-from fedmerge.align.matching import correlation, match
-from fedmerge.basis import Linear
+from fedmerge.basis import Linear, Permutation
 from fedmerge.covariances import Moments
 from fedmerge.problem import Aligned, Problem
 from fedmerge.state import StateDict
@@ -64,25 +63,28 @@ class CCA:
         """Return an alignment for each ridge."""
         return {
             f"cca:ridges={ridge:g}": lambda ridge=ridge: comparison.solved(  # type: ignore[misc]
-                lambda found: self.change(found, ridge)
+                lambda found, permutation: self.change(found, ridge, permutation)
             )
             for ridge in self.ridges
         }
 
-    def change(self, found: Moments, ridge: float) -> Linear:
-        """Return the basis change of a space, by `canonical_map` of the regularised covariances."""
-        size = len(found.cross)
+    def change(self, found: Moments, ridge: float, permutation: Permutation) -> Linear:
+        """Return the basis change of a space, by `canonical_map` of the regularised covariances.
+
+        Args:
+            found: of the space's features.
+            ridge: multiple of their mean variance.
+            permutation: that matches the units.
+        """
+        identity = torch.eye(len(found.cross), dtype=torch.float64)
+        reference, other = found.own
         of_reference, of_other = (
-            ridge * max(float(part.trace()) / size, torch.finfo(torch.float32).tiny)
-            for part in (found.reference, found.other)
+            ridge * max(float(variances.mean()), torch.finfo(torch.float32).tiny) for variances in found.variances
         )
-        identity = torch.eye(size, dtype=torch.float64)
         cross = found.cross
         if self.anchor == "permutation":
-            cross = cross + (of_reference * of_other) ** 0.5 * identity[match(correlation(found)).index]
-        return Linear(
-            canonical_map(found.reference + of_reference * identity, cross, found.other + of_other * identity)
-        )
+            cross = cross + (of_reference * of_other) ** 0.5 * identity[permutation.index]
+        return Linear(canonical_map(reference + of_reference * identity, cross, other + of_other * identity))
 
 
 def canonical_map(

@@ -39,6 +39,7 @@ class Comparison:
         reference: index of the model whose order of units is kept.
         every_pair: compare all pairs of models, not only those with the reference.
         folded: observe the BatchNorms too that can be folded, for changes that are not permutations.
+        own: sum each model's own covariances too; matching with the reference needs its variances alone.
     """
 
     problem: Problem
@@ -46,6 +47,7 @@ class Comparison:
     reference: int
     every_pair: bool = False
     folded: bool = False
+    own: bool = True
 
     @cached_property
     def folding(self) -> Folding:
@@ -62,7 +64,7 @@ class Comparison:
         count = len(self.states)
         pairs = set(combinations(range(count), 2)) if self.every_pair else with_reference(count, self.reference)
         alone = self.folding.sites if self.folded else ()
-        size = joint_size(self.problem.spaces, count, len(pairs), alone)
+        size = joint_size(self.problem.spaces, count, len(pairs), alone=alone, own=self.own)
         purpose = f"comparing {count} models' units, {len(pairs)} pairs of models,"
         for device in {CPU, self.problem.learn.images.device}:
             require(size, purpose, ADVICE, device)
@@ -73,6 +75,7 @@ class Comparison:
             self.problem.learn.images,
             pairs=pairs,
             alone=alone,
+            own=self.own,
         )
 
     def moments(self, model: int) -> list[Moments]:
@@ -112,11 +115,12 @@ class Comparison:
             for model, (state, of_model) in enumerate(zip(self.states, changes, strict=True))
         )
 
-    def solved(self, solve: Callable[[Moments], BasisChange]) -> Aligned:
+    def solved(self, solve: Callable[[Moments, Permutation], BasisChange]) -> Aligned:
         """Return the models in the reference's basis.
 
         Args:
-            solve: finds the change of a space that can change densely; others are permuted by their correlation.
+            solve: finds the change of a space that can change densely, given the permutation by correlation too, which
+                others take.
         """
         return Aligned(
             tuple(
@@ -125,7 +129,7 @@ class Comparison:
                 else self.changed(
                     model,
                     [
-                        solve(found) if dense else permutation
+                        solve(found, permutation) if dense else permutation
                         for found, dense, permutation in zip(
                             self.moments(model), self.folding.dense, self.matches[model], strict=True
                         )
@@ -146,11 +150,10 @@ class Comparison:
         for (number, norm, axis), found in zip(
             self.folding.observed, self.joint[len(self.problem.spaces) :], strict=True
         ):
-            covariances = [found.covariance(index, index) for index in (self.reference, model)]
-            means = [found.means[index] for index in (self.reference, model)]
-            spread = deviation(changes[number], covariances[1])
-            of_reference = means[0], covariances[0].diagonal()
-            targets.append(target(norm, axis, of_reference, (changes[number].write(means[1]), spread.square())))
+            spread = deviation(changes[number], found.covariance(model, model))
+            of_reference = found.means[self.reference], found.variances[self.reference]
+            wanted = changes[number].write(found.means[model]), spread.square()
+            targets.append(target(norm, axis, of_reference, wanted))
         changed = rebase(fold(self.states[model], self.folding.norms), self.folding.spaces, changes)
         return self._kept(restore(changed, self.states[self.reference], targets))
 

@@ -45,17 +45,18 @@ def composed(first: Sequence[Permutation], second: Sequence[Permutation]) -> lis
 
 def correlation(found: Moments) -> Float64[Tensor, "units units"]:
     """Return the correlations of the reference's units (rows) with the other's; 0 for a unit that never changes."""
-    return _normalised(found.cross, found.reference, found.other)
+    return _normalised(found.cross, *found.variances)
 
 
 def correlations(joint: Joint) -> list[list[Float64[Tensor, "units units"]]]:
     """Return for models p and q the correlations of p's units (rows) and q's; all pairs must have been compared."""
     models = range(len(joint.means))
-    own = [joint.covariance(model, model) for model in models]
-    return [[_normalised(joint.covariance(p, q), own[p], own[q]) for q in models] for p in models]
+    return [
+        [_normalised(joint.covariance(p, q), joint.variances[p], joint.variances[q]) for q in models] for p in models
+    ]
 
 
 def _normalised(cross: Tensor, reference: Tensor, other: Tensor) -> Float64[Tensor, "units units"]:
-    scales = [covariance.diagonal().clamp(min=0).sqrt() for covariance in (reference, other)]
+    scales = [variance.clamp(min=0).sqrt() for variance in (reference, other)]
     inverse = [torch.where(scale > 0, 1 / scale, 0.0) for scale in scales]
     return inverse[0][:, None] * cross * inverse[1]

@@ -62,7 +62,7 @@ class OptimalTransport:
         """Return an alignment for each ε."""
         return {
             f"ot:epsilons={epsilon:g}": lambda epsilon=epsilon: comparison.solved(  # type: ignore[misc]
-                lambda found: soft_assignment(found, epsilon)
+                lambda found, _: soft_assignment(found, epsilon)
             )
             for epsilon in self.epsilons
         }

@@ -59,7 +59,7 @@ class Weights:
         self, problem: Problem, states: Sequence[StateDict], reference: int, *, generator: torch.Generator
     ) -> Aligned:
         """Align all models to `states[reference]` by their weights."""
-        return self.aligned(Comparison(problem, states, reference), generator=generator)
+        return self.aligned(Comparison(problem, states, reference, own=False), generator=generator)
 
     def aligned(self, comparison: Comparison, *, generator: torch.Generator) -> Aligned:
         """Align models that are compared already, or need not be.

@@ -127,7 +127,7 @@ def zipped(comparison: Comparison, within: float, decay: float, depth: float) ->
 def similarities(joint: Joint) -> Float64[Tensor, "models units models units"]:
     """Return the correlations of all models' units, but 1 for two that never change and have the same mean."""
     found = torch.stack([torch.stack(of_model) for of_model in correlations(joint)]).movedim(1, 2)
-    still = torch.stack([joint.covariance(model, model).diagonal() <= 0 for model in range(len(joint.means))])
+    still = torch.stack([variances <= 0 for variances in joint.variances])
     means = torch.stack(joint.means)
     alike = still[:, :, None, None] & still & (means[:, :, None, None] == means)
     return torch.where(alike, 1.0, found)

@@ -3,7 +3,9 @@
 What is learned from labels is learned on the labelled images alone. With a teacher's targets alone the server's data
 may be unlabelled. Then every choice that the protocol makes is made on the teacher's targets too, the reference of an
 alignment included: the server's labels, if there are any, have no part in the result. Between the two, labels complete
-the teacher's targets where they are known; then they judge, if they are enough to choose by.
+the teacher's targets where they are known. Then the known classes judge if they are 500, enough for a validation part,
+or 50 and all images are fewer than 500, each validation part by a teacher that was not told its classes; otherwise a
+validation part of all images does: what a teacher says of many judges with less chance than the classes of few.
 
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets). Lee:
 Pseudo-Label, ICML 2013 Workshop on Challenges in Representation Learning (the class where it is known, a model's
@@ -29,7 +31,7 @@ from fedmerge.catalogue import AUGMENTATIONS
 from fedmerge.merge.pool import Combine, needs_of, pool_of
 from fedmerge.merge.probing import probed
 from fedmerge.merge.teacher import PROPAGATED, SMOOTHING, TEACHERS, check_smoothing
-from fedmerge.problem import FEWEST_TO_CHOOSE, LABELS, Examples, Problem, Update
+from fedmerge.problem import FEWEST_TO_CHOOSE, FEWEST_TO_SPLIT, LABELS, Examples, Problem, Update
 from fedmerge.seeds import generator
 from fedmerge.settings import ConfigurationError
 
@@ -148,7 +150,7 @@ class Objective:
             says = combine(*mixed).exp().to(images.dtype)
             return replace(part, mixtures=Examples(images, says.argmax(1), says))
 
-        return told(pool.combine).changed(apart=tuple(map(told, pool.apart)) if semi else ())
+        return told(pool.combine).changed(apart=tuple(map(told, pool.apart)) if semi and _labels_judge(data) else ())
 
     def _targets(self, data: Examples, says: Tensor, *, semi: bool) -> Examples:
         """Return the server's images with what is to be learned of them, of what a teacher says."""
@@ -163,6 +165,12 @@ class Objective:
             truth = functional.one_hot(classes, targets.shape[1]).to(targets)
             mixed = torch.lerp(targets, truth, self.label_share).where(known[:, None], targets)
             targets = mixed if self.targets == "mixed" else truth
-            if known.sum() >= FEWEST_TO_CHOOSE:
-                classes = data.labels  # those that are known are the judges
+            if _labels_judge(data):
+                classes = data.labels
         return Examples(data.images, classes, targets.to(data.images.dtype))
+
+
+def _labels_judge(data: Examples) -> bool:
+    """Whether the known classes alone judge what learns from them and from a teacher (see the module)."""
+    number = int(data.known.sum())
+    return number >= (FEWEST_TO_CHOOSE if len(data) < FEWEST_TO_SPLIT else FEWEST_TO_SPLIT)
