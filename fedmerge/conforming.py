@@ -31,21 +31,15 @@ def conformed(problem: Problem, updates: Sequence[Update]) -> list[Update]:
     if device.type == "cuda":
         size = sum(num_bytes(update.state) for update in ordered if not _is_on(device, update.state))
         require(size, f"{len(ordered)} clients' models", "merge on the CPU (--device cpu), or fewer clients", device)
-    states = [
-        {name: tensor.to(device) for name, tensor in conform(update.state, expected[update.model]).items()}
-        for update in ordered
-    ]
-    statistics = [
-        {
-            kind: {name: tensor.to(device) for name, tensor in tensors.items()}
-            for kind, tensors in update.statistics.items()
-        }
-        for update in ordered
-    ]
-    return [
-        replace(update, state=state, statistics=told)
-        for update, state, told in zip(ordered, states, statistics, strict=True)
-    ]
+    return [_placed(update, expected[update.model], device) for update in ordered]
+
+
+def _placed(update: Update, expected: StateDict, device: torch.device) -> Update:
+    statistics = {
+        kind: {name: tensor.to(device) for name, tensor in tensors.items()}
+        for kind, tensors in update.statistics.items()
+    }
+    return replace(update, state=conform(update.state, expected, device), statistics=statistics)
 
 
 def _is_on(device: torch.device, state: StateDict) -> bool:

