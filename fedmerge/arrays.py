@@ -93,12 +93,13 @@ def read_arrays(arrays: Mapping[str, Array], expected: StateDict) -> tuple[dict[
             kinds.setdefault(numbers.dtype, {})[name] = numbers
     finite = True
     for of_kind in kinds.values():
-        flat = torch.from_numpy(np.concatenate([numbers.reshape(-1) for numbers in of_kind.values()]))
-        if flat.is_floating_point() or flat.is_complex():
-            finite = finite and math.isfinite(abs(flat.sum().item()))  # a sum of others never is
-        parts = torch.split(flat, [numbers.size for numbers in of_kind.values()])
-        for name, part in zip(of_kind, parts, strict=True):
-            found[name] = part.view(expected[name].shape)
+        flat, begin = np.concatenate([numbers.reshape(-1) for numbers in of_kind.values()]), 0
+        if flat.dtype.kind in "fc":
+            finite = finite and math.isfinite(abs(torch.from_numpy(flat).sum().item()))  # a sum of others never is
+        for name, numbers in of_kind.items():  # NumPy's views cost less than torch's
+            end = begin + numbers.size
+            found[name] = torch.from_numpy(flat[begin:end].reshape(expected[name].shape))
+            begin = end
     return found, finite
 
 
