@@ -220,7 +220,8 @@ def test_of_few_labelled_images_and_no_other_the_labels_alone_are_learned(size: 
 
 
 @pytest.mark.parametrize(
-    ("images", "known", "judges", "told"), [(600, 100, 120, True), (400, 100, 100, False), (600, 500, 100, False)]
+    ("images", "known", "judges", "told"),
+    [(600, 100, 120, True), (400, 100, 100, False), (600, 500, 100, False), (2600, 500, 520, True)],
 )
 def test_of_many_images_and_few_classes_all_images_judge(images: int, known: int, judges: int, told: bool) -> None:
     problem, updates = problem_of("mlp@0.1", server_examples=images), trained("mlp@0.1")

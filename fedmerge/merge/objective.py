@@ -3,8 +3,8 @@
 What is learned from labels is learned on the labelled images alone. With a teacher's targets alone the server's data
 may be unlabelled. Then every choice that the protocol makes is made on the teacher's targets too, the reference of an
 alignment included: the server's labels, if there are any, have no part in the result. Between the two, labels complete
-the teacher's targets where they are known. Then the known classes judge if they are 500, enough for a validation part,
-or 50 and all images are fewer than 500, each validation part by a teacher that was not told its classes; otherwise a
+the teacher's targets where they are known. Then the known classes judge if they are 500 and a fifth of all images, or
+50 and all images are fewer than 500, each validation part by a teacher that was not told its classes; otherwise a
 validation part of all images does: what a teacher says of many judges with less chance than the classes of few.
 
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531 (soft targets). Lee:
@@ -173,4 +173,4 @@ class Objective:
 def _labels_judge(data: Examples) -> bool:
     """Whether the known classes alone judge what learns from them and from a teacher (see the module)."""
     number = int(data.known.sum())
-    return number >= (FEWEST_TO_CHOOSE if len(data) < FEWEST_TO_SPLIT else FEWEST_TO_SPLIT)
+    return number >= (FEWEST_TO_CHOOSE if len(data) < FEWEST_TO_SPLIT else max(FEWEST_TO_SPLIT, len(data) / 5))
