@@ -5,10 +5,11 @@
 
 The commands that made the tables (experiments/expected/*.json) are run again for their first seed, and the CPU time of
 all their processes is counted: training on Ray, merging, start and report. Seeds differ in little but chance, so an
-experiment takes as much for each of its seeds. Clients that several experiments share count for the first of them by
-name. A `merge` is run on each run before it in its list, as in the experiments (but for one of `unlabelled.py`, which
-takes one of two). Not counted are what experiments do without a command (`hostile.py`) and the papers' VGG-11, which
-was trained on a GPU. At full size it writes experiments/expected/cpu_hours.json.
+experiment takes as much for each of its seeds, but for the start, which is that of commands with nearly nothing to do
+and counts once for all seeds of a command. Clients that several experiments share count for the first of them by name.
+A `merge` is run on each run before it in its list, as in the experiments (but for one of `unlabelled.py`, which takes
+one of two). Not counted are what experiments do without a command (`hostile.py`) and the papers' VGG-11, which was
+trained on a GPU. At full size it writes experiments/expected/cpu_hours.json.
 """
 
 from __future__ import annotations
@@ -39,12 +40,11 @@ INTERVAL = 0.5
 
 ON_A_GPU = "--model vgg11 "
 SEEDS = re.compile(r"--seeds (\d+)((?:,\d+)*)")
-SMOKE = {
-    "smoke": (
-        "fedmerge compare --clients 2 --local-epochs 1 --server-examples 100 --seeds 0,1 --methods fedavg",
-        "fedmerge merge RUN --methods mean --out NEW",
-    )
-}
+START = (
+    "fedmerge compare --clients 2 --local-epochs 1 --server-examples 100 --seeds 0,1 --methods fedavg",
+    "fedmerge merge RUN --methods mean --out NEW",
+)
+"""Commands with nearly nothing to do: a comparison and a merge."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,26 @@ def cpu_hours(size: str, out: Path) -> None:
         out: folder for the runs.
     """
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXPECTED.glob("*.json"))}
-    listed = {name: list(commands_in(content)) for name, content in files.items()} if size == "full" else SMOKE
-    jobs = {name: jobs_of(commands, out) for name, commands in listed.items() if commands}
+    listed = (
+        {name: list(commands_in(content)) for name, content in files.items()} if size == "full" else {"smoke": [*START]}
+    )
+    listed = {"start": [*START], **{name: commands for name, commands in listed.items() if commands}}
+    jobs = {name: jobs_of(commands, out) for name, commands in listed.items()}
     with ThreadPoolExecutor(CORES) as pool:
         for step in (0, 1):
             list(pool.map(Job.seconds, {job.out: job for parts in jobs.values() for job in parts[step]}.values()))
+    starts = [job.seconds() for [job] in jobs.pop("start")]
     counted: set[Path] = set()
     hours: dict[str, float] = {}
-    for name, (trained, merged) in jobs.items():
+    for name, parts in jobs.items():
         seeds = max(found[2].count(",") + 1 for command in listed[name] if (found := SEEDS.search(command)))
-        new = {job.out: job for job in (*trained, *merged) if job.out not in counted}
-        counted |= set(new)
-        hours[name] = round(seeds * sum(job.seconds() for job in new.values()) / 3600, 2)
+        new = [
+            (job, 0.0 if job.words.startswith("fedmerge simulate") else start)  # of one seed, each with its start
+            for start, part in zip(starts, parts, strict=True)
+            for job in {job.out: job for job in part if job.out not in counted}.values()
+        ]
+        counted |= {job.out for job, _ in new}
+        hours[name] = round(sum(seeds * job.seconds() - (seeds - 1) * start for job, start in new) / 3600, 2)
     total = sum(hours.values())
     holds("hours of CPU time", [*hours.items(), ("in all", total)])
     assert 0 < total <= MOST
