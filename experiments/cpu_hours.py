@@ -40,10 +40,10 @@ INTERVAL = 0.5
 
 ON_A_GPU = "--model vgg11 "
 SEEDS = re.compile(r"--seeds (\d+)((?:,\d+)*)")
-START = (
+START = [
     "fedmerge compare --clients 2 --local-epochs 1 --server-examples 100 --seeds 0,1 --methods fedavg",
     "fedmerge merge RUN --methods mean --out NEW",
-)
+]
 """Commands with nearly nothing to do: a comparison and a merge."""
 
 
@@ -122,10 +122,8 @@ def cpu_hours(size: str, out: Path) -> None:
         out: folder for the runs.
     """
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXPECTED.glob("*.json"))}
-    listed = (
-        {name: list(commands_in(content)) for name, content in files.items()} if size == "full" else {"smoke": [*START]}
-    )
-    listed = {"start": [*START], **{name: commands for name, commands in listed.items() if commands}}
+    listed = {name: list(commands_in(content)) for name, content in files.items() if size == "full"} or {"smoke": START}
+    listed = {"start": START, **{name: commands for name, commands in listed.items() if commands}}
     jobs = {name: jobs_of(commands, out) for name, commands in listed.items()}
     with ThreadPoolExecutor(CORES) as pool:
         for step in (0, 1):
