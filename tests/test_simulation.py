@@ -141,13 +141,15 @@ def test_a_client_that_hangs_is_given_up_after_the_timeout_and_its_actor_replace
     monkeypatch.setattr(raygrid, "Clients", Faulty)
     examples = federation.load(CONFIG)
     largest = max(range(3), key=lambda client: len(examples.partition[client]))
-    config = CONFIG.replace(client_cpus=4.0, out=f"{largest}=hang", timeout=15.0)
-    with simulation.simulation(config, examples) as grid:
+    well = CONFIG.replace(client_cpus=4.0)
+    hanging = well.replace(out=f"{largest}=hang", timeout=15.0)
+    with simulation.simulation(well, examples) as grid:
+        assert_trained(collect(grid, well, new_run(tmp_path / "before", well), pause=0))  # the actor has started
+        grid.load(hanging, examples)
         with pytest.raises(RoundFailed) as caught:
-            collect(grid, config, new_run(tmp_path, config), pause=0)
+            collect(grid, hanging, new_run(tmp_path, hanging), pause=0)
         assert f"client {largest}: it has not finished within 15 s; raise --timeout" in str(caught.value)
         assert str(caught.value).count("its turn has not come within 15 s") == 2
-        well = config.replace(out="", timeout=60.0)
         grid.load(well, examples)
         assert_trained(collect(grid, well, new_run(tmp_path / "again", well), pause=0))
 
