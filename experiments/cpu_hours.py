@@ -139,14 +139,15 @@ def cpu_hours(size: str, out: Path) -> None:
             for job in {job.out: job for job in part if job.out not in counted}.values()
         ]
         counted |= {job.out for job, _ in new}
-        hours[name] = round(sum(seeds * job.seconds() - (seeds - 1) * start for job, start in new) / 3600, 2)
+        hours[name] = sum(seeds * job.seconds() - (seeds - 1) * start for job, start in new) / 3600
     total = sum(hours.values())
     holds("hours of CPU time", [*hours.items(), ("in all", total)])
     assert 0 < total <= MOST
     if size == "full":
         rows = [*((f"`{name}.py`", spent) for name, spent in hours.items()), ("in all", total)]
         table = ["| Experiment | CPU hours |", "| --- | ---: |", *(f"| {name} | {spent:.1f} |" for name, spent in rows)]
-        content = {"command": "python experiments/cpu_hours.py", "hours": hours, "table": table}
+        rounded = {name: round(spent, 2) for name, spent in hours.items()}
+        content = {"command": "python experiments/cpu_hours.py", "hours": rounded, "table": table}
         write("cpu_hours", content, Run.open(jobs["one_round"][0][0].out))
 
 
